@@ -1,0 +1,39 @@
+"""The cache: teacher rows of every sample, written once, read at training speed.
+
+    cache/
+      manifest.json               what shaped the cache (Manifest), sealed JSON
+      shard-00000/                samples_per_shard consecutive samples, the last shard the rest
+        shard.json                counts, and size and xxh3_128 of every file, sealed JSON
+        tokens.{bin,idx}          int32   [T]    the sample's ids
+        loss_mask.{bin,idx}       uint8   [T]    1 where the token is to be predicted, never at t=0
+        context_length.{bin,idx}  int32   [1]    tokens of the prompt
+        topk_ids.{bin,idx}        uint16  [P*K]  int32 for a vocabulary above 65,536
+        topk_log_probs.{bin,idx}  uint16  [P*K]  float16 bits
+        tail_log_probs.{bin,idx}  uint16  [P]    float16 bits
+
+All numbers are little-endian. P is the number of ones in loss_mask: row j belongs to the j-th of
+them, at position t, and holds the teacher's distribution at t - 1. A row's K entries lie side by
+side, row after row; K is the manifest's selection.k. The last three pairs are codec raw.
+
+A pair is a Megatron IndexedDataset with one sequence, one document, a sample:
+
+    .bin  the sequences one after the other; if all are empty, one zero element that no sequence
+          refers to, since an empty file cannot be mapped
+    .idx  "MMIDIDX\\0\\0" | u64 version 1 | u8 element type | u64 n | u64 n + 1
+          | n x i32 length in elements | n x i64 offset in bytes | (n + 1) x i64 0..n
+
+IndexedDataset has no float16, so a log-prob is stored as its float16's bits in a uint16. A finite
+log-prob below -65504 is stored as -65504; -inf stays -inf.
+
+Sealed JSON has sorted keys, two spaces of indent, a newline at the end, and a key `xxh3_128`: the
+hash of the same text without that key. shard.json also carries the hash of its manifest.
+No file holds a time, a host or a rank. A name that starts with .tmp is a shard being written, or
+what a killed writer left behind.
+"""
+
+from nemo_kd.cache.layout import Sample
+from nemo_kd.cache.manifest import Manifest, SourceFile
+from nemo_kd.cache.reader import TopKCache
+from nemo_kd.cache.writer import CacheWriter
+
+__all__ = ["CacheWriter", "Manifest", "Sample", "SourceFile", "TopKCache"]

@@ -1,0 +1,240 @@
+"""What a cache says about itself: the manifest of the whole and the record of each shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import xxhash
+
+FORMAT_VERSION = 1
+_SELECTION_KINDS = ("top_k",)
+_CODECS = ("raw",)
+_VALUE_TYPES = ("float16",)
+_SEAL_KEY = "xxh3_128"
+_READ_BYTES = 1 << 20
+
+Record = TypeVar("Record", "Manifest", "ShardRecord")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file by name, size and content; the name holds no directory, so that files may move."""
+
+    name: str
+    size_bytes: int
+    xxh3_128: str
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that shaped a cache. Two runs with equal manifests write equal bytes.
+
+    Args:
+        selection: how the kept entries were chosen: `kind` ("top_k"), `k` (entries a row),
+            `temperature` (of the teacher's softmax), and whatever else a selection needs.
+        vocab_size: the tokenizer's own size, without padding.
+        tokenizer_fingerprint, teacher_fingerprint: equal for equal tokenizers and teachers.
+        sources: the files the samples came from, in the order they were read.
+        dataset: the settings that shaped the tokens (prompt template, max_seq_length, ...).
+        num_samples: samples in the cache, all shards together.
+        samples_per_shard: samples in every shard but the last.
+        codec: how rows are stored, see nemo_kd.cache.codec.
+        value_type: how a log-prob is stored.
+
+    Raises:
+        ValueError: a field of the wrong type, out of range, or unknown to this release.
+    """
+
+    selection: dict[str, Any]
+    vocab_size: int
+    tokenizer_fingerprint: str
+    teacher_fingerprint: str
+    sources: tuple[SourceFile, ...]
+    dataset: dict[str, Any]
+    num_samples: int
+    samples_per_shard: int
+    codec: str = "raw"
+    value_type: str = "float16"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        # Through JSON once, so that a manifest equals the one that is read back: no tuples.
+        for name in ("selection", "dataset"):
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+        _check_choice("format_version", self.format_version, (FORMAT_VERSION,))
+        _check_choice("codec", self.codec, _CODECS)
+        _check_choice("value_type", self.value_type, _VALUE_TYPES)
+        _check_choice("selection.kind", self.selection.get("kind"), _SELECTION_KINDS)
+        _check_range("num_samples", self.num_samples, 1, 2**63 - 1)
+        _check_range("samples_per_shard", self.samples_per_shard, 1, 2**31 - 1)
+        _check_range("vocab_size", self.vocab_size, 1, 2**31 - 1)
+        _check_range("selection.k", self.selection.get("k"), 1, self.vocab_size)
+        temperature: Any = self.selection.get("temperature")
+        if type(temperature) not in (int, float) or not 0 < temperature < float("inf"):
+            raise ValueError(f"selection.temperature: expected a number > 0, got {temperature!r}")
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.samples_per_shard)
+
+    def shard_samples(self, index: int) -> range:
+        """The samples that shard `index` holds."""
+        if not 0 <= index < self.num_shards:
+            raise ValueError(f"expected a shard from 0 to {self.num_shards - 1}, got {index}")
+        start = index * self.samples_per_shard
+        return range(start, min(start + self.samples_per_shard, self.num_samples))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The seal of manifest.json; each shard's record carries it."""
+        return _seal(_dump(asdict(self), seal=""))
+
+    def differences(self, other: Manifest) -> list[str]:
+        """Each field that differs, as "selection.k: 100 against 64"; empty for equal manifests."""
+        mine, theirs = _flatten(asdict(self)), _flatten(asdict(other))
+        return [
+            f"{key}: {mine.get(key, 'nothing')!r} against {theirs.get(key, 'nothing')!r}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What one shard holds: its counts, and size and checksum of each of its files."""
+
+    index: int
+    manifest_fingerprint: str
+    num_samples: int
+    num_tokens: int
+    num_supervised_tokens: int
+    files: tuple[SourceFile, ...]
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+def fingerprint_file(
+    path: str | Path, progress: Callable[[int], object] | None = None
+) -> SourceFile:
+    """Name, size and xxh3_128 of a file, read in pieces.
+
+    Args:
+        progress: called with the number of bytes of each piece read.
+    """
+    digest, size_bytes = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+            size_bytes += len(piece)
+            if progress is not None:
+                progress(len(piece))
+    return SourceFile(name=Path(path).name, size_bytes=size_bytes, xxh3_128=digest.hexdigest())
+
+
+def record_bytes(record: Manifest | ShardRecord) -> bytes:
+    """The record as JSON with sorted keys, sealed: its last key is the xxh3_128 of the file's
+    bytes while that key's value is empty."""
+    content = asdict(record)
+    return _dump(content, seal=_seal(_dump(content, seal="")))
+
+
+def read_record(cls: type[Record], path: Path) -> Record:
+    """Read what `record_bytes` wrote.
+
+    Raises:
+        ValueError: not JSON, a format version this release does not know, a missing or unknown
+            key, a wrong type, or bytes that do not match the seal; names the file and the key.
+    """
+    raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}; this release reads {FORMAT_VERSION}")
+        seal = content.pop(_SEAL_KEY, None)
+        record: Record = _from_json(cls, content)
+        if not isinstance(seal, str) or _seal(raw.replace(seal.encode(), b"")) != seal:
+            raise ValueError("its content does not match its own checksum: damaged or edited")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return record
+
+
+_ABSENT = object()
+
+
+def _dump(content: dict[str, Any], seal: str) -> bytes:
+    content = {**content, _SEAL_KEY: seal}
+    return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _seal(unsealed: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(unsealed)
+
+
+def _from_json(cls: type[Any], content: Any, where: str = "") -> Any:
+    """A record from parsed JSON; the record's own checks do the rest."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object, got {content!r}")
+    names = {field.name for field in fields(cls)}
+    for problem, keys in (("missing", names - content.keys()), ("unknown", content.keys() - names)):
+        if keys:
+            raise ValueError(f"{problem} key {', '.join(where + key for key in sorted(keys))}")
+    values = dict(content)
+    for name in ("sources", "files"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(
+                _from_json(SourceFile, item, f"{name}.{number}.")
+                for number, item in enumerate(values[name])
+            )
+    return cls(**values)
+
+
+def _check_types(record: Any) -> None:
+    for name, expected in _field_types(type(record)).items():
+        value = getattr(record, name)
+        if type(value) is not expected:  # isinstance would let True pass for an int
+            raise ValueError(f"{name}: expected {expected.__name__}, got {value!r}")
+
+
+@cache  # evaluating annotations costs more than the rest of a record
+def _field_types(cls: type[object]) -> dict[str, type]:
+    return {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
+
+
+def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        choices = ", ".join(map(str, known))
+        raise ValueError(f"{name}: expected one that this release knows ({choices}), got {value!r}")
+
+
+def _check_range(name: str, value: object, lowest: int, highest: int) -> None:
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(f"{name}: expected an integer from {lowest} to {highest}, got {value!r}")
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; an empty container stays a value."""
+    if isinstance(value, Mapping) and value:
+        items = [(str(name), item) for name, item in value.items()]
+    elif isinstance(value, (list, tuple)) and value:
+        items = [(str(number), item) for number, item in enumerate(value)]
+    else:
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, item in items:
+        flat |= _flatten(item, f"{key}.{name}" if key else name)
+    return flat

@@ -1,0 +1,205 @@
+"""Reads a cache by sample, memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+from nemo_kd.cache.codec import codec_for
+from nemo_kd.cache.layout import (
+    MANIFEST_NAME,
+    SAMPLE_PAIRS,
+    SHARD_RECORD_NAME,
+    Sample,
+    pair_paths,
+    shard_name,
+)
+from nemo_kd.cache.manifest import (
+    Manifest,
+    ShardRecord,
+    SourceFile,
+    fingerprint_file,
+    read_record,
+)
+from nemo_kd.cache.pair import PairReader
+
+# A map keeps its file open and a shard has six: some hundred files, far from any limit.
+_NUM_MAPPED_SHARDS = 16
+
+
+class TopKCache:
+    """A sequence of samples: `len(cache)`, `cache[i]`, `for sample in cache`.
+
+    `TopKCache.open(path)` is the way in; the bare constructor reads the manifest alone, so that
+    `verify` can name the faults of a cache that `open` refuses. An instance may be pickled,
+    forked and shared by threads: its maps stay behind.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.manifest = _read_manifest(self.path)
+        self._file_names = sorted(
+            path.name
+            for pair in _pair_dtypes(self.manifest)
+            for path in pair_paths(self.path, pair)
+        )
+        self._shard: Callable[[int], _Shard] = lru_cache(_NUM_MAPPED_SHARDS)(
+            partial(_Shard, self.path, self.manifest)
+        )
+
+    @classmethod
+    def open(cls, path: str | Path) -> TopKCache:
+        """Open a whole cache: every shard is there, and every file has its size.
+
+        Reads one small record a shard and maps nothing. Checksums are left to `verify`.
+
+        Raises:
+            ValueError: no cache, missing shards, a damaged record, a file of another size.
+        """
+        cache = cls(path)
+        present = {entry.name for entry in cache.path.iterdir()}
+        missing = [i for i in range(cache.num_shards) if shard_name(i) not in present]
+        if missing:
+            numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"{cache.path}: {len(missing)} of {cache.num_shards} shards are missing "
+                f"({numbers}); run the dump again, it writes only those"
+            )
+        for index in range(cache.num_shards):
+            for file in cache.shard_record(index).files:
+                _check_size(cache.path / shard_name(index) / file.name, file)
+        return cache
+
+    @property
+    def num_shards(self) -> int:
+        return self.manifest.num_shards
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, in arrays of its own; a negative index counts from the end.
+
+        Raises:
+            IndexError: beyond the last sample.
+            ValueError: the shard's files contradict each other.
+        """
+        number = index + len(self) if index < 0 else index
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {index} of a cache of {len(self)} samples")
+        shard, position = divmod(number, self.manifest.samples_per_shard)
+        return self._shard(shard).sample(position)
+
+    def __reduce__(self) -> tuple[type[TopKCache], tuple[Path]]:
+        return TopKCache, (self.path,)
+
+    def shard_record(self, index: int) -> ShardRecord:
+        """Counts, sizes and checksums of one shard, as stored.
+
+        Raises:
+            ValueError: the shard or its record is missing, damaged, or of another cache.
+        """
+        path = self.path / shard_name(index) / SHARD_RECORD_NAME
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; run the dump again, it writes what is missing")
+        record = read_record(ShardRecord, path)
+        num_samples = len(self.manifest.shard_samples(index))
+        for field, expected, actual in (
+            ("index", index, record.index),
+            ("manifest_fingerprint", self.manifest.fingerprint, record.manifest_fingerprint),
+            ("num_samples", num_samples, record.num_samples),
+            ("files", self._file_names, [file.name for file in record.files]),
+        ):
+            if actual != expected:
+                raise ValueError(
+                    f"{path}: {field}: expected {expected} by {MANIFEST_NAME}, got {actual}; "
+                    "the shard belongs to another cache: delete it and run the dump again"
+                )
+        return record
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> Iterator[str]:
+        """Read every file and yield each fault as a line that names the file.
+
+        Args:
+            progress: called with the number of bytes of each piece read.
+        """
+        for index in range(self.num_shards):
+            try:
+                record = self.shard_record(index)
+            except (ValueError, OSError) as error:
+                yield str(error)
+                continue
+            for file in record.files:
+                path = self.path / shard_name(index) / file.name
+                try:
+                    _check_size(path, file)
+                    if fingerprint_file(path, progress) != file:
+                        yield (
+                            f"{path}: its checksum differs from that in {SHARD_RECORD_NAME}; "
+                            "delete the shard and run the dump again"
+                        )
+                except ValueError as error:
+                    yield str(error)
+                except OSError as error:
+                    yield f"{path}: {error.strerror}"
+
+
+class _Shard:
+    """The mapped pairs of one shard."""
+
+    def __init__(self, path: Path, manifest: Manifest, index: int) -> None:
+        self._samples = manifest.shard_samples(index)
+        self._codec = codec_for(manifest)
+        self._directory = path / shard_name(index)
+        self._pairs = {
+            name: PairReader(self._directory, name, dtype, len(self._samples))
+            for name, dtype in _pair_dtypes(manifest).items()
+        }
+
+    def sample(self, position: int) -> Sample:
+        arrays = {name: pair[position] for name, pair in self._pairs.items()}
+        # Copies: rows outlive the map, and torch wants memory that it may write to.
+        tokens, loss_mask = arrays["tokens"].copy(), arrays["loss_mask"].copy()
+        try:
+            rows = self._codec.decode(arrays)
+            (context_length,) = arrays["context_length"]
+            if loss_mask.size != tokens.size or loss_mask.sum() != len(rows[0]):
+                raise ValueError("tokens, loss_mask and rows differ in number")
+        except ValueError as error:
+            raise ValueError(
+                f"{self._directory}: sample {self._samples[position]}: {error}; run nemo-kd verify"
+            ) from error
+        return Sample(tokens, loss_mask, *rows, int(context_length))
+
+
+def _pair_dtypes(manifest: Manifest) -> dict[str, type]:
+    return SAMPLE_PAIRS | codec_for(manifest).pair_dtypes
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not (path / MANIFEST_NAME).is_file():
+        if not path.is_dir():
+            found = "a file" if path.exists() else "nothing"
+        else:
+            names = sorted(entry.name for entry in path.iterdir())
+            found = f"a directory with {', '.join(names[:3])}" if names else "an empty directory"
+        raise ValueError(
+            f"{path}: expected a cache directory with {MANIFEST_NAME}, found {found}; "
+            "give the path that the dump had as cache.path"
+        )
+    return read_record(Manifest, path / MANIFEST_NAME)
+
+
+def _check_size(path: Path, file: SourceFile) -> None:
+    try:
+        size_bytes = os.stat(path).st_size
+    except FileNotFoundError:
+        size_bytes = None
+    if size_bytes != file.size_bytes:
+        found = "nothing" if size_bytes is None else f"{size_bytes} bytes"
+        raise ValueError(
+            f"{path}: expected {file.size_bytes} bytes, found {found}; "
+            "delete the shard and run the dump again"
+        )

@@ -1,0 +1,285 @@
+"""Fills a cache: any number of processes at once, each shard published whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from nemo_kd.cache.codec import codec_for
+from nemo_kd.cache.layout import (
+    MANIFEST_NAME,
+    SAMPLE_PAIRS,
+    SHARD_RECORD_NAME,
+    Array,
+    Sample,
+    shard_name,
+)
+from nemo_kd.cache.manifest import (
+    Manifest,
+    ShardRecord,
+    fingerprint_file,
+    read_record,
+    record_bytes,
+)
+from nemo_kd.cache.pair import PairWriter, sync
+
+_TEMPORARY = ".tmp"
+# log_softmax of logits near 1e4 rounds to at most some 1e-3 above zero; more is no log-prob.
+_HIGHEST_LOG_PROB = 0.01
+
+
+class CacheWriter:
+    """A cache open for writing, made by `CacheWriter.open`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path, manifest: Manifest) -> CacheWriter:
+        """Create the cache, or go on with one of the same manifest.
+
+        Also removes what dead processes of this host left unfinished.
+
+        Raises:
+            ValueError: the directory holds a cache with another manifest, or no cache at all;
+                nothing in it is touched.
+        """
+        path = Path(path).absolute()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: expected a directory for the cache, found a file")
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / MANIFEST_NAME).exists():
+            _create_manifest(path, manifest)
+        differences = read_record(Manifest, path / MANIFEST_NAME).differences(manifest)
+        if differences:
+            raise ValueError(
+                f"{path} was written with other settings (the cache's against this run's): "
+                f"{'; '.join(differences)}. Delete it or choose another cache.path"
+            )
+        _remove_leftovers(path)
+        return cls(path, manifest)
+
+    def missing_shards(self, shards: Iterable[int] | None = None) -> list[int]:
+        """The shards, of all or of `shards`, that are not there yet, in ascending order."""
+        wanted = sorted(set(range(self.manifest.num_shards) if shards is None else shards))
+        for index in wanted:
+            self.manifest.shard_samples(index)  # refuses a shard that the cache does not have
+        present = set(os.listdir(self.path))
+        return [index for index in wanted if shard_name(index) not in present]
+
+    @contextmanager
+    def shard(self, index: int) -> Iterator[ShardWriter]:
+        """Write one shard: published on a clean exit, removed without a trace on an exception.
+
+        Raises:
+            ValueError: at the exit, if it did not get exactly its samples.
+        """
+        temporary = _temporary_path(self.path)
+        temporary.mkdir()
+        try:
+            with closing(ShardWriter(temporary, self.manifest, index)) as writer:
+                yield writer
+                writer.finish()
+            _publish(temporary, self.path / shard_name(index))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class ShardWriter:
+    """Takes the samples of one shard in order; holds none of them in memory."""
+
+    def __init__(self, directory: Path, manifest: Manifest, index: int) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._index = index
+        self._samples = manifest.shard_samples(index)
+        self._codec = codec_for(manifest)
+        self._pairs = {
+            name: PairWriter(directory, name, dtype)
+            for name, dtype in (SAMPLE_PAIRS | self._codec.pair_dtypes).items()
+        }
+        self._num_samples = self._num_tokens = self._num_supervised_tokens = 0
+
+    def add(
+        self,
+        tokens: Array,
+        loss_mask: Array,
+        context_length: int,
+        topk_ids: Array,
+        topk_log_probs: Array,
+        tail_log_probs: Array,
+    ) -> None:
+        """Append the next sample.
+
+        Args:
+            tokens: integer [T], each in [0, V).
+            loss_mask: integer or bool [T], 1 where the token is to be predicted, never at t = 0.
+            context_length: tokens of the prompt, 0 to T.
+            topk_ids: integer [P, K], P the ones of loss_mask, each in [0, V).
+            topk_log_probs: float [P, K], log of the teacher's softmax; -inf is allowed.
+            tail_log_probs: float [P], log of the mass outside the kept entries; -inf is allowed.
+
+        Raises:
+            ValueError: anything else; nothing of the sample is written then.
+        """
+        number = self._samples.start + self._num_samples
+        if number not in self._samples:
+            raise ValueError(f"{self._holds()}, got one more")
+        sample = Sample(tokens, loss_mask, topk_ids, topk_log_probs, tail_log_probs, context_length)
+        try:
+            _check(sample, self._manifest)
+        except ValueError as error:
+            raise ValueError(f"sample {number}: {error}") from error
+        sequences = {
+            "tokens": tokens,
+            "loss_mask": loss_mask,
+            "context_length": np.array([context_length]),
+            **self._codec.encode(topk_ids, topk_log_probs, tail_log_probs),
+        }
+        for name, sequence in sequences.items():
+            self._pairs[name].add(sequence)
+        self._num_samples += 1
+        self._num_tokens += len(tokens)
+        self._num_supervised_tokens += len(tail_log_probs)
+
+    def finish(self) -> None:
+        """Complete the files and bring them to the disk."""
+        if self._num_samples != len(self._samples):
+            raise ValueError(f"{self._holds()}, got {self._num_samples}")
+        for pair in self._pairs.values():
+            pair.finish()
+        record = ShardRecord(
+            index=self._index,
+            manifest_fingerprint=self._manifest.fingerprint,
+            num_samples=self._num_samples,
+            num_tokens=self._num_tokens,
+            num_supervised_tokens=self._num_supervised_tokens,
+            files=tuple(fingerprint_file(path) for path in sorted(self._directory.iterdir())),
+        )
+        _write(self._directory / SHARD_RECORD_NAME, record_bytes(record))
+        sync(self._directory)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for pair in self._pairs.values():
+            pair.close()
+
+    def _holds(self) -> str:
+        return (
+            f"shard {self._index} holds samples {self._samples.start} to {self._samples.stop - 1}: "
+            f"expected {len(self._samples)} samples"
+        )
+
+
+def _check(sample: Sample, manifest: Manifest) -> None:
+    num_tokens = len(sample.tokens)
+    _check_array("tokens", sample.tokens, "iu", (num_tokens,))
+    _check_array("loss_mask", sample.loss_mask, "iub", (num_tokens,))
+    if ((sample.loss_mask != 0) & (sample.loss_mask != 1)).any():
+        raise ValueError(f"loss_mask: expected zeros and ones, got {np.unique(sample.loss_mask)}")
+    if sample.loss_mask[:1].any():
+        raise ValueError("loss_mask: expected 0 at the first token, which nothing predicts, got 1")
+    if not 0 <= sample.context_length <= num_tokens:
+        raise ValueError(
+            f"context_length: expected 0 to {num_tokens} tokens, got {sample.context_length}"
+        )
+    shape = (int(sample.loss_mask.sum()), manifest.selection["k"])
+    _check_array("topk_ids", sample.topk_ids, "iu", shape)
+    _check_array("topk_log_probs", sample.topk_log_probs, "f", shape)
+    _check_array("tail_log_probs", sample.tail_log_probs, "f", shape[:1])
+    for name in "tokens", "topk_ids":
+        ids = getattr(sample, name)
+        if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
+            raise ValueError(
+                f"{name}: expected ids from 0 to {manifest.vocab_size - 1} (vocabulary of "
+                f"{manifest.vocab_size}), got {ids.min()} to {ids.max()}"
+            )
+    for name in "topk_log_probs", "tail_log_probs":
+        log_probs = getattr(sample, name)
+        if not (log_probs <= _HIGHEST_LOG_PROB).all():  # false for NaN as well
+            raise ValueError(f"{name}: expected log-probs, at most 0, got {log_probs.max()}")
+
+
+def _check_array(name: str, array: Array, kinds: str, shape: tuple[int, ...]) -> None:
+    if array.dtype.kind not in kinds or array.shape != shape:
+        expected = "float" if kinds == "f" else "integer"
+        raise ValueError(
+            f"{name}: expected {expected} {list(shape)}, got {array.dtype} {list(array.shape)}"
+        )
+
+
+def _create_manifest(path: Path, manifest: Manifest) -> None:
+    """Publish the manifest unless another process is first: a link, unlike a rename, can lose."""
+    temporary = _temporary_path(path)
+    foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
+    if foreign and MANIFEST_NAME not in foreign:
+        raise ValueError(
+            f"{path}: expected an empty directory or a cache, found {min(foreign)} and no "
+            f"{MANIFEST_NAME}; choose another cache.path"
+        )
+    try:
+        _write(temporary, record_bytes(manifest))
+        with suppress(FileExistsError):
+            os.link(temporary, path / MANIFEST_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    sync(path)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """One atomic rename. A shard that is there already has the same bytes and stays."""
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if not final.exists():
+            raise
+    sync(final.parent)
+
+
+_temporary_numbers = itertools.count()
+
+
+def _host() -> str:
+    """Within which a process id means one process: the host, and the container on it if any."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
+def _temporary_path(directory: Path) -> Path:
+    name = f"{_TEMPORARY}+{_host()}+{os.getpid()}+{next(_temporary_numbers)}"
+    return directory / name
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary directories and files whose process, of this host, is dead."""
+    for entry in path.iterdir():
+        kind, _, owner = entry.name.partition("+")
+        host, _, process = owner.partition("+")
+        if kind == _TEMPORARY and host == _host() and not _is_alive(int(process.split("+")[0])):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs as another user
+        return True
+    return True
