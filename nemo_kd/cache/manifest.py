@@ -1,13 +1,11 @@
 """What a cache says about itself: the manifest of the whole and the record of each shard."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin
 
 import xxhash
 
@@ -98,7 +96,7 @@ class Manifest:
         """The seal of manifest.json; each shard's record carries it."""
         return _seal(_dump(asdict(self), seal=""))
 
-    def differences(self, other: Manifest) -> list[str]:
+    def differences(self, other: "Manifest") -> list[str]:
         """Each field that differs, as "selection.k: 100 against 64"; empty for equal manifests."""
         mine, theirs = _flatten(asdict(self)), _flatten(asdict(other))
         return [
@@ -204,15 +202,11 @@ def _from_json(cls: type[Any], content: Any, where: str = "") -> Any:
 
 
 def _check_types(record: Any) -> None:
-    for name, expected in _field_types(type(record)).items():
-        value = getattr(record, name)
+    for field in fields(record):
+        expected: Any = get_origin(field.type) or field.type
+        value = getattr(record, field.name)
         if type(value) is not expected:  # isinstance would let True pass for an int
-            raise ValueError(f"{name}: expected {expected.__name__}, got {value!r}")
-
-
-@cache  # evaluating annotations costs more than the rest of a record
-def _field_types(cls: type[object]) -> dict[str, type]:
-    return {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
+            raise ValueError(f"{field.name}: expected {expected.__name__}, got {value!r}")
 
 
 def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:

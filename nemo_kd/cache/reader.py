@@ -103,7 +103,9 @@ class TopKCache:
         """
         path = self.path / shard_name(index) / SHARD_RECORD_NAME
         if not path.is_file():
-            raise ValueError(f"{path}: missing; run the dump again, it writes what is missing")
+            raise ValueError(
+                f"{path}: missing; delete {path.parent.name}, if it is there, and run the dump again"
+            )
         record = read_record(ShardRecord, path)
         num_samples = len(self.manifest.shard_samples(index))
         for field, expected, actual in (
