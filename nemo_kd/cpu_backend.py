@@ -1,0 +1,186 @@
+"""The real NeMo and Megatron Core classes on a machine without a GPU.
+
+NeMo 2.4's Megatron models assume CUDA, Apex and Transformer Engine in a few dozen places. `enable`
+answers each of them on the CPU (torch.distributed runs on gloo), so that the very same
+MegatronGPTSFTModel trains, validates and saves here. It is for development, tests and small runs.
+
+Off unless asked for: the entries call it for `trainer.accelerator=cpu`, and it refuses to start on
+a machine that has a GPU, where the unpatched code must run.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, open_dict
+
+CPU = torch.device("cpu")
+
+# What the local (not Transformer Engine) layers need, over whatever a checkpoint's config says.
+MODEL_OVERRIDES: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "transformer_engine": False,
+    "megatron_amp_O2": False,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "get_attention_mask_from_fusion": True,
+}
+
+GPU_OPTIMIZERS = ("fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+
+_enabled = False
+
+
+def enable() -> None:
+    """Patch this process so that NeMo's Megatron models run on the CPU. Idempotent.
+
+    Call it before any model or trainer is built.
+
+    Raises:
+        ValueError: CUDA is available.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator=cpu asks for the CPU backend, but this machine has "
+            f"{torch.cuda.device_count()} CUDA device(s); set trainer.accelerator=gpu, or hide the "
+            "devices with CUDA_VISIBLE_DEVICES=''"
+        )
+    if _enabled:
+        return
+    # NeMo compiles its C++ index helper with PATH's python3: it must be this one, with pybind11.
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+    # MegatronBaseModel matches a regular expression on it; unset outside NGC containers.
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "00.00")
+    _replace_apex_and_transformer_engine()
+    # Last: torch.jit.script reads the factories' sources while NeMo is imported.
+    _answer_cuda_calls_on_cpu()
+    _enabled = True
+
+
+def prepare_model_config(config: DictConfig) -> None:
+    """Set in a model's config, in place, what the local layers on a CPU need.
+
+    Raises:
+        ValueError: The config asks for what the local layers cannot do.
+    """
+    for key in ("sequence_parallel", "fp8"):
+        if config.get(key, False):
+            raise ValueError(
+                f"model.{key}=true needs Transformer Engine, which runs on a GPU alone; "
+                f"set model.{key}=false with trainer.accelerator=cpu"
+            )
+    if config.get("context_parallel_size", 1) > 1:
+        raise ValueError(
+            f"expected model.context_parallel_size=1 with trainer.accelerator=cpu, "
+            f"got {config.context_parallel_size}: the local attention has no context parallelism"
+        )
+    with open_dict(config):
+        for key, value in MODEL_OVERRIDES.items():
+            config[key] = value
+        for key in ("granularity", "method", "num_layers", "layers_per_pipeline"):
+            # read without a default by NeMo's validation step
+            config.setdefault(f"activations_checkpoint_{key}", None)
+
+
+def prepare_trainer_config(config: DictConfig) -> None:
+    """Set in a run's config, in place, what the trainer and the optimizer need on a CPU."""
+    with open_dict(config):
+        config.trainer.precision = 32  # no mixed precision without a GPU
+        optim = config.get("model", {}).get("optim")
+        if optim is not None and optim.name in GPU_OPTIMIZERS:
+            # the same AdamW step, from torch
+            config.model.optim = {
+                key: optim[key] for key in ("lr", "weight_decay", "betas", "sched") if key in optim
+            } | {"name": "adamw"}
+        if config.get("exp_manager") is not None:
+            config.exp_manager.log_tflops_per_sec_per_gpu = False
+
+
+def _replace_apex_and_transformer_engine() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+    from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
+    from nemo.collections.nlp.modules.common.megatron import build_model, utils
+    from nemo.collections.nlp.parts import nlp_overrides
+
+    # NLPDDPStrategy refuses without Apex; its isinstance checks name Apex's optimizers, which
+    # nothing can be an instance of here.
+    nlp_overrides.HAVE_APEX = True
+    for name in ("MegatronDistributedFusedAdam", "McoreDistributedOptimizer"):
+        if not hasattr(nlp_overrides, name):
+            setattr(nlp_overrides, name, type(name, (), {}))
+
+    # get_specs builds every layer spec it knows, those of Transformer Engine too.
+    def get_local_spec(spec_name: str, transformer_config: Any = None, *_: Any, **__: Any) -> Any:
+        if spec_name:
+            raise ValueError(
+                f"model.name={spec_name!r} names a layer spec that needs Transformer Engine; "
+                "with trainer.accelerator=cpu only the local spec (model.name='') runs"
+            )
+        return get_gpt_layer_local_spec(
+            normalization="RMSNorm" if transformer_config.normalization == "RMSNorm" else None
+        )
+
+    megatron_gpt_model.get_specs = get_local_spec
+
+    # Apex's functions of these names, which Megatron Core has too.
+    build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
+        set_defaults_if_not_set_tensor_model_parallel_attributes
+    )
+    utils.listify_model = lambda model: model if isinstance(model, list) else [model]
+    # get_params_for_weight_decay_optimization and the gradient clipping ask for them by isinstance.
+    utils.FusedLayerNorm = utils.FastLayerNorm = torch.nn.LayerNorm
+    utils.MixedFusedRMSNorm = torch.nn.RMSNorm
+
+
+def _answer_cuda_calls_on_cpu() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.LongTensor, cuda.FloatTensor, cuda.IntTensor = (
+        torch.LongTensor,
+        torch.FloatTensor,
+        torch.IntTensor,
+    )
+    for name in ("set_device", "synchronize", "empty_cache", "Stream"):
+        setattr(cuda, name, nothing)
+
+    # The model-parallel generator states are kept as states of the CPU generator.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+    for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same factory function, with device="cuda" read as the CPU and pinned memory as plain."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return on_cpu

@@ -1,0 +1,163 @@
+"""From a Hydra config to a running NeMo: trainer, process groups, errors that a user can read.
+
+The trainer is the one that NeMo's own fine-tuning script builds; on the CPU backend it differs in
+the process group's backend alone.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, open_dict
+
+from nemo_kd import cpu_backend
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the process with one line, not a traceback, for what a user can mend.
+
+    HYDRA_FULL_ERROR=1, Hydra's own switch, shows the traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"error: {error}  (HYDRA_FULL_ERROR=1 shows where)")
+
+
+def prepare_accelerator(config: DictConfig) -> None:
+    """Check `config.trainer.accelerator` against the machine and, for cpu, turn the backend on.
+
+    Raises:
+        ValueError: A GPU is asked for and there is none, or the CPU and there is a GPU.
+    """
+    accelerator = config.trainer.accelerator
+    if accelerator not in ("gpu", "cpu"):
+        raise ValueError(f"expected trainer.accelerator=gpu or cpu, got {accelerator!r}")
+    if accelerator == "cpu":
+        cpu_backend.enable()
+        cpu_backend.prepare_trainer_config(config)
+    elif not torch.cuda.is_available():
+        raise ValueError(
+            "trainer.accelerator=gpu, but torch sees no CUDA device; set trainer.accelerator=cpu "
+            "to run the same code on the CPU"
+        )
+    drop_noise()
+
+
+def build_trainer(config: DictConfig) -> Any:
+    """Return the lightning Trainer of NeMo's fine-tuning script for `config`.
+
+    Args:
+        config: Has `trainer` (Lightning's arguments), `model` (NeMo reads a few keys of it for the
+            strategy and the plugins) and `exp_manager` (or None).
+    """
+    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+
+    class GlooTrainerBuilder(MegatronLMPPTrainerBuilder):
+        def _training_strategy(self) -> NLPDDPStrategy:
+            return NLPDDPStrategy(
+                no_ddp_communication_hook=True,
+                find_unused_parameters=False,
+                process_group_backend="gloo",
+            )
+
+    on_cpu = config.trainer.accelerator == "cpu"
+    builder = GlooTrainerBuilder if on_cpu else MegatronLMPPTrainerBuilder
+    return builder(config).create_trainer()
+
+
+def initialize_model_parallel(trainer: Any, model_config: DictConfig) -> None:
+    """Start torch.distributed and Megatron's groups before a model is built.
+
+    NeMo starts them after its constructor, but the layers of Megatron Core 0.12 and later take
+    their process groups at construction. NeMo's own later calls find them there.
+
+    Raises:
+        ValueError: The world size is not a multiple of the model-parallel size.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from nemo.collections.nlp.modules.common.megatron.megatron_init import (
+        initialize_model_parallel_for_nemo,
+    )
+
+    tensor_size = model_config.tensor_model_parallel_size
+    pipeline_size = model_config.pipeline_model_parallel_size
+    context_size = model_config.get("context_parallel_size", 1)
+    if trainer.world_size % (tensor_size * pipeline_size * context_size):
+        raise ValueError(
+            f"expected a number of processes divisible by tensor {tensor_size} x pipeline "
+            f"{pipeline_size} x context {context_size} parallel sizes, got {trainer.world_size}; "
+            "set trainer.devices and trainer.num_nodes, or the parallel sizes"
+        )
+    seed = model_config.get("seed", 1234)
+    initialize_model_parallel_for_nemo(
+        world_size=trainer.world_size,
+        global_rank=trainer.global_rank,
+        local_rank=trainer.local_rank,
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+        virtual_pipeline_model_parallel_size=model_config.get(
+            "virtual_pipeline_model_parallel_size"
+        ),
+        context_parallel_size=context_size,
+        expert_model_parallel_size=model_config.get("expert_model_parallel_size", 1),
+        micro_batch_size=model_config.get("micro_batch_size"),
+        global_batch_size=model_config.get("global_batch_size"),
+        use_tp_pp_dp_mapping=model_config.get("use_tp_pp_dp_mapping", False),
+        use_te_rng_tracker=model_config.get("use_te_rng_tracker", False),
+        seed=seed,
+    )
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
+    trainer.strategy.setup_environment()
+    model_parallel_cuda_manual_seed(seed)
+
+
+def read_model_config(path: str, key: str) -> DictConfig:
+    """Return the model config inside a .nemo file or an unpacked .nemo directory.
+
+    Args:
+        path: The .nemo.
+        key: The YAML key that named it, for the error.
+
+    Raises:
+        ValueError: There is no such file, or it is no .nemo.
+    """
+    import tarfile
+
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+    if path is None or not os.path.exists(path):
+        raise ValueError(f"{key}: expected the path of a .nemo file or directory, found no {path}")
+    is_nemo = (
+        os.path.exists(os.path.join(path, "model_config.yaml"))
+        if os.path.isdir(path)
+        else tarfile.is_tarfile(path)
+    )
+    if not is_nemo:
+        raise ValueError(f"{key}: expected a .nemo (a tar with model_config.yaml), got {path}")
+    config = MegatronGPTSFTModel.restore_from(path, return_config=True)
+    tokenizer = config.get("tokenizer", {})
+    directory = tokenizer.get("type")
+    # A .nemo names a Hugging Face tokenizer by its path; one that stands beside it moved with it.
+    beside = os.path.splitext(os.path.abspath(path))[0] + ".tokenizer"
+    if directory and not os.path.exists(directory) and os.path.isdir(beside):
+        with open_dict(config):
+            config.tokenizer.type = beside
+    return config
+
+
+def drop_noise() -> None:
+    """NeMo warns about each of some hundred config fields that a checkpoint does not name."""
+    from nemo.utils import logging
+
+    logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())
