@@ -1,0 +1,312 @@
+"""Top-K distillation and cross entropy on vocab-parallel logits, in one fused pass.
+
+`vocab_parallel_kd_sft_loss` is the front. Its default way reads the logits in chunks of tokens
+that stay in the processor's cache and forms the gradient while a chunk is at hand;
+`logits_gather="full"` is the formula read plainly on the whole vocabulary, check and fallback.
+docs/loss.md derives every gradient.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_kd._loss_math import (
+    Columns,
+    KDLossConfig,
+    KDLossOutput,
+    Local,
+    Student,
+    Targets,
+    check_inputs,
+    combine,
+    divergence,
+    exponentials,
+    gradient,
+    locate_columns,
+    make_targets,
+    measure,
+    metrics,
+)
+from nemo_kd.vocab_parallel import all_gather, num_vocab_shards, vocab_shard_range
+
+__all__ = ["KDLossConfig", "KDLossOutput", "vocab_parallel_kd_sft_loss"]
+
+# One chunk of tokens in the computing type. On a CPU it is to stay in the cache between the passes
+# over it; on a GPU it is to be worth the launches.
+_CHUNK_BYTES = {"cpu": 3 * 2**20, "cuda": 128 * 2**20}
+
+
+def vocab_parallel_kd_sft_loss(
+    student_logits: Tensor,
+    labels: Tensor,
+    teacher_topk_log_probs: Tensor,
+    teacher_topk_ids: Tensor,
+    teacher_tail_log_probs: Tensor | None = None,
+    *,
+    config: KDLossConfig,
+    tp_group: ProcessGroup | None = None,
+    inplace: bool = False,
+) -> KDLossOutput:
+    """`kd_loss_weight * T^2 * D(teacher, student) + sft_loss_weight * -log softmax(z)[label]`.
+
+    Args:
+        student_logits: `[..., Vp]`, this rank's vocab shard, any float type and any strides.
+            float64 is computed in float64, everything else in float32.
+        labels: `[...]` int64, ids in the whole vocabulary.
+        teacher_topk_log_probs: `[..., K]` float, log of the teacher's softmax over its vocabulary.
+        teacher_topk_ids: `[..., K]` int, ids in the whole vocabulary, each at most once a row; -1
+            marks an empty entry. Any order.
+        teacher_tail_log_probs: `[...]` float, log of the mass outside; read by bucket and label.
+        config: the objective.
+        tp_group: ranks that share the vocabulary; None if it is not sharded.
+        inplace: the logits' memory becomes the gradient's. Then they must not be read again, and
+            backward may run once. Without a gradient to form, nothing is written.
+
+    Returns:
+        `[...]` each, float32 (float64 for float64 logits): `loss`, differentiable in the logits;
+        `kd_loss` (T^2 in it), `sft_loss` and `metrics`, detached. The same on every rank.
+
+    Collectives: logits_gather="topk" two all-reduces forward (K + 2 maxima and 2 sums a token),
+    none backward; "full" one all-gather of the logits. The gradient is each rank's slice of the
+    dense gradient. Repeated ids are refused where ids are checked; elsewhere (CUDA without
+    NEMO_KD_DEBUG=1) each occurrence is a class of its own.
+
+    Raises:
+        ValueError: shapes do not fit, the tail is missing, or (CPU, or NEMO_KD_DEBUG=1) an id or a
+            label is outside the vocabulary or a row names an id twice.
+
+    Sources: distillation and T^2, Hinton et al., arXiv 1503.02531; tail "label", Sparse Logit
+    Sampling, arXiv 2503.16870; jsd, Agarwal et al., arXiv 2306.13649.
+    """
+    leading_shape = student_logits.shape[:-1]
+    vocab_size = student_logits.shape[-1] * num_vocab_shards(tp_group)
+    check_inputs(
+        leading_shape,
+        vocab_size,
+        labels,
+        teacher_topk_log_probs,
+        teacher_topk_ids,
+        teacher_tail_log_probs,
+        config,
+    )
+    # A group of one moves nothing, and the whole vocabulary is read once.
+    tp_group = tp_group if num_vocab_shards(tp_group) > 1 else None
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    ids = teacher_topk_ids.reshape(-1, teacher_topk_ids.shape[-1])
+    labels = labels.reshape(-1)
+    log_probs = teacher_topk_log_probs.detach().reshape(ids.shape)
+    tail = None if teacher_tail_log_probs is None else teacher_tail_log_probs.detach().reshape(-1)
+    targets = make_targets(log_probs, ids, tail, labels, vocab_size, config, dtype)
+    if config.logits_gather == "full":
+        loss, kd_loss, sft_loss, student = _dense_loss(
+            student_logits, labels, ids, targets, config, tp_group, dtype
+        )
+    else:
+        columns = locate_columns(ids, labels, student_logits.shape[-1], tp_group)
+        gradients = None
+        if torch.is_grad_enabled() and student_logits.requires_grad:
+            gradients = student_logits.detach()
+            gradients = gradients if inplace else torch.empty_like(gradients)
+        loss, kd_loss, sft_loss, *student_fields = _FusedLoss.apply(  # type: ignore[no-untyped-call] # torch's own
+            student_logits, gradients, columns, targets, config, tp_group, dtype, inplace
+        )
+        student = Student(*student_fields)
+    values = metrics(student, targets, log_probs, ids, config)
+    return KDLossOutput(
+        loss.view(leading_shape),
+        kd_loss.view(leading_shape),
+        sft_loss.view(leading_shape),
+        {name: value.view(leading_shape) for name, value in values.items()},
+    )
+
+
+def _chunks(num_tokens: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views `[n, Vp]`, n <= `num_tokens`, of `[..., Vp]` tensors, in the order of the tokens."""
+    try:
+        flat = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
+    except RuntimeError:  # strides that no flat view has: one dimension down, rather than copy
+        for parts in zip(*tensors, strict=True):
+            yield from _chunks(num_tokens, *parts)
+        return
+    for begin in range(0, max(1, len(flat[0])), num_tokens):
+        yield tuple(tensor[begin : begin + num_tokens] for tensor in flat)
+
+
+def _tokens_per_chunk(logits: Tensor, dtype: torch.dtype) -> int:
+    chunk_bytes = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES["cuda"])
+    return max(1, chunk_bytes // (logits.shape[-1] * dtype.itemsize))
+
+
+def _fused_pass(
+    logits: Tensor,
+    gradients: Tensor | None,
+    columns: Columns,
+    targets: Targets,
+    config: KDLossConfig,
+    group: ProcessGroup | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Student]:
+    """D `[N]` and the student's statistics; dloss/dz into `gradients`, which may be `logits`.
+
+    One read of the logits when the vocabulary is whole. A sharded one is read twice: the rows'
+    normalisers need every shard, and one collective for all chunks beats one for each.
+    """
+    num_tokens = _tokens_per_chunk(logits, dtype)
+    scratch = logits.new_empty(min(num_tokens, len(columns.column)), logits.shape[-1], dtype=dtype)
+    scratch_t = scratch if config.temperature == 1 else torch.empty_like(scratch)
+
+    def buffers(num_rows: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        work = scratch[:num_rows] if out is None or out.dtype != dtype else out
+        return work, work if scratch_t is scratch else scratch_t[:num_rows]
+
+    whole: Student | None = None
+    peaks: Tensor
+    if group is not None:
+        statistics, begin = [], 0
+        for (z,) in _chunks(num_tokens, logits):
+            rows = slice(begin, begin := begin + len(z))
+            statistics.append(measure(z, _take(columns, rows), config, *buffers(len(z), None)))
+        local = Local(*map(torch.cat, zip(*statistics, strict=True)))
+        peaks = local.peak
+        whole = combine(local, config, group)
+
+    values, students, begin = [], [], 0
+    for z, out in _chunks(num_tokens, logits, logits if gradients is None else gradients):
+        rows = slice(begin, begin := begin + len(z))
+        own_columns, own_targets = _take(columns, rows), _take(targets, rows)
+        work, work_t = buffers(len(z), None if gradients is None else out)
+        if whole is None:
+            student = combine(measure(z, own_columns, config, work, work_t), config, None)
+        else:
+            student = _take(whole, rows)
+            if gradients is not None:
+                exponentials(z, own_columns, config, work, work_t, peaks[rows])
+        value, class_gradient = divergence(student, own_targets, config)
+        if gradients is not None:
+            gradient(student, own_targets, own_columns, class_gradient, config, work, work_t)
+            if work is not out:
+                out.copy_(work)
+        values.append(value)
+        students.append(student)
+    return torch.cat(values), Student(*map(torch.cat, zip(*students, strict=True)))
+
+
+def _take(fields: Any, rows: slice) -> Any:
+    """The same rows of every field of a named tuple."""
+    return type(fields)(*(field[rows] for field in fields))
+
+
+class _FusedLoss(torch.autograd.Function):
+    """loss `[N]` with its gradient formed in the forward pass.
+
+    backward: dL/dz_j = dL/dloss * dloss/dz_j; `gradient` gave dloss/dz_j, both weights in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        gradients: Tensor | None,
+        columns: Columns,
+        targets: Targets,
+        config: KDLossConfig,
+        group: ProcessGroup | None,
+        dtype: torch.dtype,
+        inplace: bool,
+    ) -> tuple[Tensor, ...]:
+        value, student = _fused_pass(logits, gradients, columns, targets, config, group, dtype)
+        kd_loss = value * config.temperature**2
+        sft_loss = student.log_sum - student.logits[:, -1]
+        loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
+        ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradients)
+        ctx.inplace, ctx.dtype = inplace, dtype
+        return loss, kd_loss, sft_loss, *student
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        weights = grad_outputs[0]
+        assert weights is not None
+        # Not inplace: the saved gradient stays whole, so that the graph may be walked again.
+        scaled = gradients if ctx.inplace else torch.empty_like(gradients)
+        begin = 0
+        for source, out in _chunks(_tokens_per_chunk(gradients, ctx.dtype), gradients, scaled):
+            # The weights stay float32: in bfloat16 their rounding would be the whole row's.
+            torch.mul(source, weights[begin : begin + len(source), None], out=out)
+            begin += len(source)
+        return scaled, *[None] * 7
+
+
+class _GatherVocab(torch.autograd.Function):
+    """`[..., Vp]` to `[..., V]`; backward: this rank's slice, which is whole on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.range = vocab_shard_range(logits.shape[-1], group)
+        return torch.cat(all_gather(logits, group), dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        start, end = ctx.range
+        return grad_output[..., start:end].contiguous(), None
+
+
+def _dense_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    targets: Targets,
+    config: KDLossConfig,
+    group: ProcessGroup | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Student]:
+    """The formula as it stands, by autograd, on the gathered logits `[N, V]`."""
+    gathered = _GatherVocab.apply(logits, group)  # type: ignore[no-untyped-call] # torch's own
+    z = gathered.reshape(-1, gathered.shape[-1]).to(dtype)
+    z = z - z.amax(-1, keepdim=True).detach()
+    sft_loss = F.cross_entropy(z, labels, reduction="none")
+    log_q = (z / config.temperature).log_softmax(-1)
+    lowest = torch.finfo(dtype).min  # -inf would come back from autograd as NaN
+    is_entry = torch.zeros(len(z), z.shape[-1] + 1, dtype=torch.bool, device=z.device)
+    is_entry = is_entry.scatter_(1, ids.long().where(ids >= 0, z.shape[-1]), True)[:, :-1]
+    log_outside = log_q.masked_fill(is_entry, lowest).logsumexp(-1, keepdim=True)
+    log_label = log_q.gather(1, labels[:, None])
+    extra = log_outside if config.tail == "bucket" else log_label
+    log_s = torch.cat([log_q.gather(1, ids.long().clamp(min=0)), extra], dim=-1)
+    present, probs, log_probs = targets
+    if config.restricts_student:
+        log_s = log_s.masked_fill(~present, lowest).log_softmax(-1)
+    log_s = log_s.masked_fill(~present, 0)
+    s = log_s.exp() * present
+    log_t = log_probs.masked_fill(probs == 0, 0)
+    if config.divergence == "forward_kl":
+        kd_loss = (probs * (log_t - log_s)).sum(-1)
+    elif config.divergence == "reverse_kl":
+        kd_loss = (s * (log_s - log_probs.masked_fill(~present, 0))).sum(-1)
+    else:
+        beta = config.jsd_beta
+        log_m = torch.logaddexp(
+            log_probs.clamp(min=lowest) + math.log(beta), log_s + math.log1p(-beta)
+        )
+        kd_loss = (beta * probs * (log_t - log_m) + (1 - beta) * s * (log_s - log_m)).sum(-1)
+    kd_loss = kd_loss * config.temperature**2
+    loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
+    at = z.detach()
+    student = Student(
+        logits=at.gather(1, locate_columns(ids, labels, at.shape[-1], None).column).masked_fill(
+            torch.cat([ids < 0, torch.zeros_like(labels[:, None], dtype=torch.bool)], -1),
+            -torch.inf,
+        ),
+        log_sum=at.logsumexp(-1),
+        log_sum_t=(at / config.temperature).logsumexp(-1),
+        log_outside=log_outside[:, 0].detach(),
+        offset=torch.zeros_like(sft_loss),
+    )
+    return loss, kd_loss.detach(), sft_loss.detach(), student
