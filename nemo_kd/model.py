@@ -1,0 +1,230 @@
+"""The student: NeMo's SFT model with the distillation loss in the place of its cross entropy."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+    MegatronGPTSFTModel,
+)
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nemo_kd.config import read_settings
+from nemo_kd.dataset import GPTSFTKDDataset
+from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
+
+TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
+SFT_TERMS = ("sft_loss",)
+KD_TERMS = (
+    "kd_loss",
+    "sft_loss",
+    "teacher_topk_mass",
+    "student_topk_mass",
+    "teacher_entropy",
+    "top1_agreement",
+)
+
+
+class MegatronGPTSFTKDModel(MegatronGPTSFTModel):  # type: ignore[misc]  # NeMo is untyped
+    """MegatronGPTSFTModel trained on `kd_loss_weight * KD + sft_loss_weight * CE`.
+
+    A cache directory may stand wherever NeMo takes a jsonl: `data.train_ds.file_names` and
+    `data.validation_ds.file_names`. `knowledge_distillation` in the config holds KDLossConfig's
+    fields. Logged beside what NeMo logs: kd_loss, sft_loss and the loss's metrics in training, and
+    in validation `validation_<name>_<set>`; val_loss and validation_loss stay the cross entropy.
+
+    The checkpoints are those of MegatronGPTSFTModel, which restores them.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Any) -> None:
+        self.kd_config = read_settings(
+            KDLossConfig, cfg.get("knowledge_distillation", {}), "model.knowledge_distillation"
+        )
+        super().__init__(cfg, trainer=trainer)
+        self._validating = False
+        self._teacher_rows: dict[str, Tensor] = {}  # of the micro batch in the forward pass
+        self._token_terms: dict[str, Tensor] = {}  # its terms, [B, S] each
+        self._terms = _MeanTerms()  # of the global batch
+        self._validation_terms: defaultdict[int, _MeanTerms] = defaultdict(_MeanTerms)
+
+    # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
+    # compute_language_model_loss. A forward without labels would copy them.
+
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
+        model = super().model_provider_func(pre_process, post_process)
+        model.compute_language_model_loss = partial(
+            self._token_losses, model.compute_language_model_loss
+        )
+        return model
+
+    def _token_losses(
+        self, cross_entropy: Callable[..., Tensor], labels: Tensor, logits: Tensor
+    ) -> Tensor:
+        """The loss of each token, [B, S], from labels [B, S] and logits [S, B, Vp]."""
+        if not self._teacher_rows:
+            losses = cross_entropy(labels, logits)
+            self._token_terms = {"sft_loss": losses.detach()}
+            return losses
+        ids, log_probs, tails = (self._teacher_rows[name] for name in TEACHER_ROWS)
+        out = vocab_parallel_kd_sft_loss(
+            logits,
+            labels.transpose(0, 1),
+            log_probs.transpose(0, 1),
+            ids.transpose(0, 1),
+            tails.transpose(0, 1),
+            config=self.kd_config,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            inplace=True,
+        )
+        terms = {"kd_loss": out.kd_loss, "sft_loss": out.sft_loss, **out.metrics}
+        self._token_terms = {name: term.transpose(0, 1) for name, term in terms.items()}
+        losses = out.sft_loss if self._validating else out.loss
+        return losses.transpose(0, 1).contiguous()
+
+    # Data: caches are built where NeMo builds its datasets, and the teacher's rows go round
+    # NeMo's list of the keys that a pipeline stage needs.
+
+    def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
+        caches = [path for path in data_cfg.file_names if os.path.isdir(path)]
+        if is_train and len(caches) < len(data_cfg.file_names):
+            raise ValueError(
+                f"model.data.train_ds.file_names: expected cache directories, got "
+                f"{list(data_cfg.file_names)}; write them with examples/dump_teacher_topk.py"
+            )
+        if caches and data_cfg.get("packed_sequence", False):
+            raise ValueError("expected packed_sequence=false with a cache, got true")
+        if caches and not is_train:
+            metric = data_cfg.get("metric", {}).get("name", "exact_string_match")
+            writes = data_cfg.get("write_predictions_to_file", False)
+            if metric != "loss" or writes:
+                raise ValueError(
+                    f"{caches[0]}: a validation cache has no texts to generate from: expected "
+                    f"metric.name=loss and write_predictions_to_file=false, got {metric} and "
+                    f"{str(writes).lower()}; give the jsonl instead"
+                )
+        with self._caches_for_jsonl():
+            return super()._build_dataset(data_cfg, is_train)
+
+    @contextmanager
+    def _caches_for_jsonl(self) -> Iterator[None]:
+        """While it lasts, NeMo's _build_dataset makes a GPTSFTKDDataset of a directory."""
+
+        def dataset_for(nemo_class: type) -> Callable[..., Any]:
+            def build(file_path: str, **settings: Any) -> Any:
+                if os.path.isdir(file_path):
+                    return GPTSFTKDDataset(file_path, kd_config=self.kd_config, **settings)
+                return nemo_class(file_path=file_path, **settings)
+
+            return build
+
+        names = ("GPTSFTDataset", "GPTSFTChatDataset")
+        classes = {name: dataset_for(getattr(megatron_gpt_sft_model, name)) for name in names}
+        with patch.multiple(megatron_gpt_sft_model, **classes):
+            yield
+
+    def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
+        batch: dict[str, Any] = super().get_batch(data_iterator, tuning)
+        self._teacher_rows = {name: batch[name] for name in TEACHER_ROWS if name in batch}
+        self._terms.names = KD_TERMS if self._teacher_rows else SFT_TERMS
+        return {name: value for name, value in batch.items() if name not in TEACHER_ROWS}
+
+    def get_batch_on_this_context_parallel_rank(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = {}
+        if parallel_state.is_pipeline_last_stage():
+            device = batch["labels"].device
+            rows = {
+                name: value.to(device, non_blocking=True)
+                for name, value in self._teacher_rows.items()
+            }
+        batch = super().get_batch_on_this_context_parallel_rank(batch | rows)
+        self._teacher_rows = {name: batch.pop(name) for name in rows}
+        return batch
+
+    # Loss: NeMo's reduction, and the terms beside it.
+
+    def loss_func(
+        self, loss_mask: Tensor, num_valid_tokens_in_ub: Tensor, output_tensor: Tensor
+    ) -> Tensor:
+        # NeMo divides by the number itself: 0 / 0 for a micro batch without supervised tokens.
+        num_tokens = num_valid_tokens_in_ub.clamp(min=1)
+        terms = torch.stack([self._token_terms[name] for name in self._terms.names])
+        means = terms.flatten(1) @ loss_mask.flatten().to(terms.dtype) / num_tokens
+        if parallel_state.get_context_parallel_world_size() > 1:
+            torch.distributed.all_reduce(means, group=parallel_state.get_context_parallel_group())
+        weight = torch.ones_like(num_tokens)
+        if self._validating and not self.validation_drop_last:
+            weight = num_valid_tokens_in_ub
+            if self.sample_weight == "constant":
+                weight = weight.clamp(max=1)
+        self._terms.add(means, weight)
+        loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
+        return loss
+
+    def fwd_bwd_step(
+        self, dataloader_iter: Any, forward_only: bool, first_val_step: bool | None = None
+    ) -> Any:
+        self._validating = forward_only
+        self._terms = _MeanTerms()
+        loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
+        if not forward_only:
+            for name, value in self._terms.means().items():
+                shown = name in ("kd_loss", "sft_loss")
+                self.log(name, value, prog_bar=shown, rank_zero_only=True, batch_size=1)
+        return loss
+
+    def inference_step_validation_call(
+        self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
+    ) -> Any:
+        outputs = super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
+        self._validation_terms[dataloader_idx].extend(self._terms)
+        return outputs
+
+    def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
+        for index in sorted(self._validation_terms):
+            for name, value in self._validation_terms[index].means().items():
+                key = self._determine_log_key(data_cfg, index, name, mode)
+                self.log(key, value, rank_zero_only=True, batch_size=1)
+        self._validation_terms.clear()
+        return super().inference_epoch_end(outputs, mode, data_cfg)
+
+
+class _MeanTerms:
+    """Weighted means of named scalars over micro batches, then over ranks."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self._sums: list[Tensor] = []  # each [len(names) + 1]: weight * term, and the weight
+
+    def add(self, terms: Tensor, weight: Tensor) -> None:
+        self._sums.append(torch.cat([weight * terms, weight.to(terms.dtype).view(1)]))
+
+    def extend(self, other: "_MeanTerms") -> None:
+        self.names = other.names
+        self._sums += other._sums
+
+    def means(self) -> dict[str, Tensor]:
+        """The means, on every rank: the last pipeline stages have them and tell the others."""
+        if parallel_state.is_pipeline_last_stage():
+            sums = torch.stack(self._sums).sum(0)
+            torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        else:
+            sums = torch.empty(len(self.names) + 1, device=torch.cuda.current_device())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                sums,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        *totals, weight = sums.unbind()
+        return {
+            name: total / weight.clamp(min=1)
+            for name, total in zip(self.names, totals, strict=True)
+        }
