@@ -8,6 +8,7 @@ docs/loss.md derives every gradient.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,30 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd._loss_math import (
+from nemo_kd._fused import (
     Columns,
-    KDLossConfig,
-    KDLossOutput,
-    Local,
     Student,
-    Targets,
-    check_inputs,
-    combine,
-    divergence,
-    exponentials,
-    gradient,
+    fused_pass,
     locate_columns,
-    make_targets,
-    measure,
     metrics,
+    tokens_per_chunk,
 )
+from nemo_kd._objective import KDLossConfig, KDLossOutput, Targets, check_inputs, make_targets
 from nemo_kd.vocab_parallel import all_gather, num_vocab_shards, vocab_shard_range
 
 __all__ = ["KDLossConfig", "KDLossOutput", "vocab_parallel_kd_sft_loss"]
-
-# One chunk of tokens in the computing type. On a CPU it is to stay in the cache between the passes
-# over it; on a GPU it is to be worth the launches.
-_CHUNK_BYTES = {"cpu": 3 * 2**20, "cuda": 128 * 2**20}
 
 
 def vocab_parallel_kd_sft_loss(
@@ -110,10 +99,9 @@ def vocab_parallel_kd_sft_loss(
         columns = locate_columns(ids, labels, student_logits.shape[-1], tp_group)
         gradients = None
         if torch.is_grad_enabled() and student_logits.requires_grad:
-            gradients = student_logits.detach()
-            gradients = gradients if inplace else torch.empty_like(gradients)
+            gradients = student_logits.detach() if inplace else torch.empty_like(student_logits)
         loss, kd_loss, sft_loss, *student_fields = _FusedLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-            student_logits, gradients, columns, targets, config, tp_group, dtype, inplace
+            student_logits, gradients, columns, targets, config, tp_group, inplace
         )
         student = Student(*student_fields)
     values = metrics(student, targets, log_probs, ids, config)
@@ -137,70 +125,6 @@ def _chunks(num_tokens: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[begin : begin + num_tokens] for tensor in flat)
 
 
-def _tokens_per_chunk(logits: Tensor, dtype: torch.dtype) -> int:
-    chunk_bytes = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES["cuda"])
-    return max(1, chunk_bytes // (logits.shape[-1] * dtype.itemsize))
-
-
-def _fused_pass(
-    logits: Tensor,
-    gradients: Tensor | None,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    group: ProcessGroup | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Student]:
-    """D `[N]` and the student's statistics; dloss/dz into `gradients`, which may be `logits`.
-
-    One read of the logits when the vocabulary is whole. A sharded one is read twice: the rows'
-    normalisers need every shard, and one collective for all chunks beats one for each.
-    """
-    num_tokens = _tokens_per_chunk(logits, dtype)
-    scratch = logits.new_empty(min(num_tokens, len(columns.column)), logits.shape[-1], dtype=dtype)
-    scratch_t = scratch if config.temperature == 1 else torch.empty_like(scratch)
-
-    def buffers(num_rows: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        work = scratch[:num_rows] if out is None or out.dtype != dtype else out
-        return work, work if scratch_t is scratch else scratch_t[:num_rows]
-
-    whole: Student | None = None
-    peaks: Tensor
-    if group is not None:
-        statistics, begin = [], 0
-        for (z,) in _chunks(num_tokens, logits):
-            rows = slice(begin, begin := begin + len(z))
-            statistics.append(measure(z, _take(columns, rows), config, *buffers(len(z), None)))
-        local = Local(*map(torch.cat, zip(*statistics, strict=True)))
-        peaks = local.peak
-        whole = combine(local, config, group)
-
-    values, students, begin = [], [], 0
-    for z, out in _chunks(num_tokens, logits, logits if gradients is None else gradients):
-        rows = slice(begin, begin := begin + len(z))
-        own_columns, own_targets = _take(columns, rows), _take(targets, rows)
-        work, work_t = buffers(len(z), None if gradients is None else out)
-        if whole is None:
-            student = combine(measure(z, own_columns, config, work, work_t), config, None)
-        else:
-            student = _take(whole, rows)
-            if gradients is not None:
-                exponentials(z, own_columns, config, work, work_t, peaks[rows])
-        value, class_gradient = divergence(student, own_targets, config)
-        if gradients is not None:
-            gradient(student, own_targets, own_columns, class_gradient, config, work, work_t)
-            if work is not out:
-                out.copy_(work)
-        values.append(value)
-        students.append(student)
-    return torch.cat(values), Student(*map(torch.cat, zip(*students, strict=True)))
-
-
-def _take(fields: Any, rows: slice) -> Any:
-    """The same rows of every field of a named tuple."""
-    return type(fields)(*(field[rows] for field in fields))
-
-
 class _FusedLoss(torch.autograd.Function):
     """loss `[N]` with its gradient formed in the forward pass.
 
@@ -216,17 +140,26 @@ class _FusedLoss(torch.autograd.Function):
         targets: Targets,
         config: KDLossConfig,
         group: ProcessGroup | None,
-        dtype: torch.dtype,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        value, student = _fused_pass(logits, gradients, columns, targets, config, group, dtype)
+        num_tokens = tokens_per_chunk(logits.shape[-1], targets.probs.dtype, logits.device)
+
+        write = None if gradients is None else partial(_chunks, num_tokens, logits, gradients)
+        value, student = fused_pass(
+            lambda: (z for (z,) in _chunks(num_tokens, logits)),
+            write,
+            columns,
+            targets,
+            config,
+            group,
+        )
         kd_loss = value * config.temperature**2
         sft_loss = student.log_sum - student.logits[:, -1]
         loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
         ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradients)
-        ctx.inplace, ctx.dtype = inplace, dtype
+        ctx.inplace, ctx.num_tokens = inplace, num_tokens
         return loss, kd_loss, sft_loss, *student
 
     @staticmethod
@@ -237,11 +170,11 @@ class _FusedLoss(torch.autograd.Function):
         # Not inplace: the saved gradient stays whole, so that the graph may be walked again.
         scaled = gradients if ctx.inplace else torch.empty_like(gradients)
         begin = 0
-        for source, out in _chunks(_tokens_per_chunk(gradients, ctx.dtype), gradients, scaled):
+        for source, out in _chunks(ctx.num_tokens, gradients, scaled):
             # The weights stay float32: in bfloat16 their rounding would be the whole row's.
             torch.mul(source, weights[begin : begin + len(source), None], out=out)
             begin += len(source)
-        return scaled, *[None] * 7
+        return scaled, *[None] * 6
 
 
 class _GatherVocab(torch.autograd.Function):
@@ -280,16 +213,16 @@ def _dense_loss(
     log_label = log_q.gather(1, labels[:, None])
     extra = log_outside if config.tail == "bucket" else log_label
     log_s = torch.cat([log_q.gather(1, ids.long().clamp(min=0)), extra], dim=-1)
-    present, probs, log_probs = targets
+    absent, probs, log_probs = targets
     if config.restricts_student:
-        log_s = log_s.masked_fill(~present, lowest).log_softmax(-1)
-    log_s = log_s.masked_fill(~present, 0)
-    s = log_s.exp() * present
+        log_s = log_s.masked_fill(absent, lowest).log_softmax(-1)
+    log_s = log_s.masked_fill(absent, 0)
+    s = log_s.exp().masked_fill(absent, 0)
     log_t = log_probs.masked_fill(probs == 0, 0)
     if config.divergence == "forward_kl":
         kd_loss = (probs * (log_t - log_s)).sum(-1)
     elif config.divergence == "reverse_kl":
-        kd_loss = (s * (log_s - log_probs.masked_fill(~present, 0))).sum(-1)
+        kd_loss = (s * (log_s - log_probs.masked_fill(absent, 0))).sum(-1)
     else:
         beta = config.jsd_beta
         log_m = torch.logaddexp(
