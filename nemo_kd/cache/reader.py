@@ -104,7 +104,7 @@ class TopKCache:
         path = self.path / shard_name(index) / SHARD_RECORD_NAME
         if not path.is_file():
             raise ValueError(
-                f"{path}: missing; delete {path.parent.name}, if it is there, and run the dump again"
+                f"{path}: missing; delete {path.parent.name} if it is there and run the dump again"
             )
         record = read_record(ShardRecord, path)
         num_samples = len(self.manifest.shard_samples(index))
@@ -166,14 +166,14 @@ class _Shard:
         tokens, loss_mask = arrays["tokens"].copy(), arrays["loss_mask"].copy()
         try:
             rows = self._codec.decode(arrays)
-            (context_length,) = arrays["context_length"]
-            if loss_mask.size != tokens.size or loss_mask.sum() != len(rows[0]):
-                raise ValueError("tokens, loss_mask and rows differ in number")
+            counts = (loss_mask.size, int(loss_mask.sum()), arrays["context_length"].size)
+            if counts != (tokens.size, len(rows[0]), 1):
+                raise ValueError("its pairs do not belong together")
         except ValueError as error:
             raise ValueError(
                 f"{self._directory}: sample {self._samples[position]}: {error}; run nemo-kd verify"
             ) from error
-        return Sample(tokens, loss_mask, *rows, int(context_length))
+        return Sample(tokens, loss_mask, *rows, int(arrays["context_length"][0]))
 
 
 def _pair_dtypes(manifest: Manifest) -> dict[str, type]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +58,14 @@ class CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / MANIFEST_NAME).exists():
             _create_manifest(path, manifest)
-        differences = read_record(Manifest, path / MANIFEST_NAME).differences(manifest)
-        if differences:
+        existing = read_record(Manifest, path / MANIFEST_NAME)
+        if differences := existing.differences(manifest):
             raise ValueError(
                 f"{path} was written with other settings (the cache's against this run's): "
                 f"{'; '.join(differences)}. Delete it or choose another cache.path"
             )
         _remove_leftovers(path)
-        return cls(path, manifest)
+        return cls(path, existing)  # equal, but 1 may stand for 1.0: the shards carry its seal
 
     def missing_shards(self, shards: Iterable[int] | None = None) -> list[int]:
         """The shards, of all or of `shards`, that are not there yet, in ascending order."""
@@ -217,7 +217,7 @@ def _check_array(name: str, array: Array, kinds: str, shape: tuple[int, ...]) ->
 
 
 def _create_manifest(path: Path, manifest: Manifest) -> None:
-    """Publish the manifest unless another process is first: a link, unlike a rename, can lose."""
+    """Publish the manifest, unless another process is first: a link never replaces a file."""
     temporary = _temporary_path(path)
     foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
     if foreign and MANIFEST_NAME not in foreign:
@@ -227,8 +227,12 @@ def _create_manifest(path: Path, manifest: Manifest) -> None:
         )
     try:
         _write(temporary, record_bytes(manifest))
-        with suppress(FileExistsError):
+        try:
             os.link(temporary, path / MANIFEST_NAME)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.rename(temporary, path / MANIFEST_NAME)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path)
@@ -259,16 +263,17 @@ def _host() -> str:
 
 
 def _temporary_path(directory: Path) -> Path:
-    name = f"{_TEMPORARY}+{_host()}+{os.getpid()}+{next(_temporary_numbers)}"
-    return directory / name
+    return directory / f"{_TEMPORARY}+{_host()}+{os.getpid()}+{next(_temporary_numbers)}"
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary directories and files whose process, of this host, is dead."""
+    this_host = _host()
     for entry in path.iterdir():
-        kind, _, owner = entry.name.partition("+")
-        host, _, process = owner.partition("+")
-        if kind == _TEMPORARY and host == _host() and not _is_alive(int(process.split("+")[0])):
+        if not entry.name.startswith(f"{_TEMPORARY}+{this_host}+"):
+            continue
+        process_id = int(entry.name.split("+")[2])
+        if not _is_alive(process_id):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
