@@ -1,17 +1,103 @@
 """Typed settings out of Hydra's YAML, checked when read: a key that nothing reads is an error."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.selection import SelectionConfig
 
-Settings = TypeVar("Settings", KDLossConfig, SelectionConfig)
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The teacher run's `data`: what NeMo's SFT data keys of these names mean, and its defaults.
+
+    Raises:
+        ValueError: A required key is missing or a number is out of its range.
+    """
+
+    file_names: tuple[str, ...] = ()
+    micro_batch_size: int = 4
+    max_seq_length: int = 4096
+    min_seq_length: int = 1
+    prompt_template: str = "{input} {output}"
+    label_key: str = "output"
+    truncation_field: str = "input"
+    truncation_method: str = "right"
+    answer_only_loss: bool = True
+    add_bos: bool = False
+    add_eos: bool = True
+    add_sep: bool = False
+    sep_id: int = 49704
+    chat: bool = False
+    chat_prompt_tokens: dict[str, str] | None = None
+    hf_dataset: bool = False
+    index_mapping_dir: str | None = None
+    memmap_workers: int | None = None
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.file_names:
+            raise ValueError("expected file_names=[train.jsonl,...], got none")
+        for name in ("micro_batch_size", "max_seq_length", "min_seq_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if self.truncation_method not in ("left", "right"):
+            raise ValueError(
+                f"expected truncation_method left or right, got {self.truncation_method!r}"
+            )
+        if self.chat:
+            return
+        if not self.prompt_template.endswith(f"{{{self.label_key}}}"):
+            raise ValueError(
+                f"expected prompt_template to end in {{{self.label_key}}}, the label_key, got "
+                f"{self.prompt_template!r}"
+            )
+        unknown = set(self.truncation_field.split(",")) - set(self.keys)
+        if self.truncation_field and unknown:
+            raise ValueError(
+                f"expected truncation_field among prompt_template's keys {self.keys}, got "
+                f"{self.truncation_field!r}"
+            )
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that each line of a jsonl must have."""
+        if self.chat:
+            return ["system", "conversations"]
+        return re.findall(r"{(.*?)}", self.prompt_template)
 
 
-def read_settings(cls: type[Settings], section: Mapping[str, Any], where: str) -> Settings:
+@dataclass(frozen=True)
+class CacheConfig:
+    """The teacher run's `cache`: where it goes and how it is cut.
+
+    Raises:
+        ValueError: A required key is missing or a number is out of its range.
+    """
+
+    path: str = ""
+    codec: str = "raw"
+    samples_per_shard: int = 1024
+    shards: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("expected path=DIRECTORY, got none")
+        if self.samples_per_shard < 1:
+            raise ValueError(f"expected samples_per_shard >= 1, got {self.samples_per_shard}")
+
+
+Settings = TypeVar("Settings", KDLossConfig, SelectionConfig, DataConfig, CacheConfig)
+
+
+def read_settings(
+    cls: type[Settings], section: DictConfig | Mapping[str, Any], where: str
+) -> Settings:
     """Return the dataclass `cls` filled from one section of the YAML.
 
     Args:
@@ -21,26 +107,25 @@ def read_settings(cls: type[Settings], section: Mapping[str, Any], where: str) -
     Raises:
         ValueError: A key that `cls` lacks, a value of another type, or one out of its range.
     """
-    refuse_unknown_keys(section, [field.name for field in fields(cls)], where)
-    values: dict[str, Any] = dict(section)
+    values = _plain(section)
+    refuse_unknown_keys(values, [field.name for field in fields(cls)], where)
     for field in fields(cls):
-        if field.name not in values:
-            continue
-        value, default = values[field.name], field.default
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(default, float) and number:
-            values[field.name] = float(value)
-        elif type(value) is not type(default):
-            raise ValueError(
-                f"{where}.{field.name}: expected {type(default).__name__}, got {value!r}"
-            )
+        default, value = field.default, values.get(field.name, field.default)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        elif isinstance(default, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if default is not None and type(value) is not type(default):
+            kind = "a list" if isinstance(default, tuple) else type(default).__name__
+            raise ValueError(f"{where}.{field.name}: expected {kind}, got {value!r}")
+        values[field.name] = value
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def refuse_unknown_keys(section: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def refuse_unknown_keys(section: Iterable[Any], known: Iterable[str], where: str) -> None:
     """Refuse the first key of `section` that is not `known`, and name the nearest that is.
 
     Raises:
@@ -52,3 +137,9 @@ def refuse_unknown_keys(section: Mapping[str, Any], known: Iterable[str], where:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {where}.{near[0]}?" if near else ""
             raise ValueError(f"{where}.{key} is a key that nothing reads{hint}")
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    if isinstance(section, DictConfig):
+        section = OmegaConf.to_container(section, resolve=True)
+    return dict(section)

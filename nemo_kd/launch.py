@@ -31,11 +31,18 @@ def user_errors() -> Iterator[None]:
 
 
 def prepare_accelerator(config: DictConfig) -> None:
-    """Check `config.trainer.accelerator` against the machine and, for cpu, turn the backend on.
+    """Check `config.trainer` against the machine and, for accelerator=cpu, turn the backend on.
+
+    Under torchrun its numbers of processes and nodes are taken over.
 
     Raises:
         ValueError: A GPU is asked for and there is none, or the CPU and there is a GPU.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        config.trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        config.trainer.num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    # The data loaders and NeMo's indexing fork after the tokenizer has been used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     accelerator = config.trainer.accelerator
     if accelerator not in ("gpu", "cpu"):
         raise ValueError(f"expected trainer.accelerator=gpu or cpu, got {accelerator!r}")

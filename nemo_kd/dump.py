@@ -1,0 +1,418 @@
+"""The teacher run: SFT jsonl -> NeMo's dataset -> forward through Megatron -> rows -> cache.
+
+The shards that are missing are divided among the data-parallel replicas of the teacher. Within a
+shard, samples go through in windows; a window's samples are sorted by length, so that the micro
+batches waste little on padding, and written in their own order. So every micro batch depends on
+the shard and the manifest alone.
+"""
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+    MegatronGPTSFTModel,
+)
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
+from tqdm import tqdm
+
+from nemo_kd import cpu_backend
+from nemo_kd.cache import CacheWriter, Manifest, SourceFile
+from nemo_kd.cache.manifest import fingerprint_file
+from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.dataset import tokenizer_fingerprint
+from nemo_kd.launch import (
+    build_trainer,
+    initialize_model_parallel,
+    prepare_accelerator,
+    read_model_config,
+)
+from nemo_kd.selection import SelectionConfig, TeacherRows, select_teacher_rows
+
+# Micro batches that are sorted by length together; their rows wait in the host's memory.
+_MICRO_BATCHES_PER_WINDOW = 16
+_TOKENS_PER_SELECTION = 256
+# Settings of `data` that say where and how to read, not what the tokens are.
+_NOT_IN_MANIFEST = (
+    "file_names",
+    "hf_dataset",
+    "index_mapping_dir",
+    "memmap_workers",
+    "num_workers",
+)
+
+
+def dump_teacher_topk(config: DictConfig) -> None:
+    """Fill the cache that `config` describes: see examples/conf/dump_teacher_topk.yaml.
+
+    Raises:
+        ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
+            cache held stays.
+    """
+    refuse_unknown_keys(config, ("teacher", "data", "selection", "cache", "trainer"), "config")
+    data = read_settings(DataConfig, config.data, "data")
+    selection = read_settings(SelectionConfig, config.selection, "selection")
+    cache = read_settings(CacheConfig, config.cache, "cache")
+    prepare_accelerator(config)
+    teacher_config = _read_teacher_config(config, data)
+    run = OmegaConf.create(
+        {
+            "trainer": config.trainer,
+            "model": teacher_config,
+            "exp_manager": {"log_tflops_per_sec_per_gpu": False},
+        }
+    )
+    trainer = build_trainer(run)
+    replica_size = (
+        teacher_config.tensor_model_parallel_size * teacher_config.pipeline_model_parallel_size
+    )
+    with open_dict(teacher_config):  # NeMo's count of micro batches; this run does not use it
+        teacher_config.global_batch_size = data.micro_batch_size * max(
+            1, trainer.world_size // replica_size
+        )
+    initialize_model_parallel(trainer, teacher_config)
+    # Before the weights are read: a broken line costs seconds, not the loading of a teacher.
+    sources = _on_rank_zero(lambda: [_check_source(path, data) for path in data.file_names])
+    teacher_fingerprint = _on_rank_zero(
+        lambda: _fingerprint_checkpoint(Path(config.teacher.restore_from_path))
+    )
+    model = MegatronGPTSFTModel.restore_from(
+        config.teacher.restore_from_path,
+        override_config_path=teacher_config,
+        trainer=trainer,
+    )
+    if selection.k > model.tokenizer.vocab_size:
+        raise ValueError(
+            f"expected selection.k of at most the vocabulary's {model.tokenizer.vocab_size}, got "
+            f"{selection.k}; lower selection.k"
+        )
+    samples = _build_samples(model, data, sources)
+    manifest = Manifest(
+        selection=_selection_settings(selection),
+        codec=cache.codec,
+        vocab_size=model.tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
+        teacher_fingerprint=teacher_fingerprint,
+        sources=tuple(sources),
+        dataset={
+            name: value for name, value in asdict(data).items() if name not in _NOT_IN_MANIFEST
+        },
+        num_samples=len(samples),
+        samples_per_shard=cache.samples_per_shard,
+    )
+    shards = parse_shards(cache.shards, manifest.num_shards)
+    missing = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest).missing_shards(shards))
+    teacher = _Teacher(model, selection)
+    _fill(CacheWriter.open(cache.path, manifest), missing, teacher, samples, data)
+
+
+def parse_shards(text: str | None, num_shards: int) -> list[int]:
+    """Return the shards of "0-99", "7" or "0-3,8"; all of them for None.
+
+    Raises:
+        ValueError: Another form, or a shard that the cache does not have.
+    """
+    if text is None:
+        return list(range(num_shards))
+    shards: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"cache.shards: expected a form like 0-99 or 0-3,8, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < num_shards:
+            raise ValueError(
+                f"cache.shards: expected shards from 0 to {num_shards - 1}, got {part.strip()}"
+            )
+        shards += range(first, last + 1)
+    return shards
+
+
+class _Teacher:
+    """The model, forward only: a list of samples to the rows of each."""
+
+    def __init__(self, model: Any, selection: SelectionConfig) -> None:
+        (self._module,) = model.get_model_module_list()
+        self._model = model.model
+        self._selection = selection
+        self._vocab_size = model.tokenizer.vocab_size
+        self._device = next(self._module.parameters()).device
+        self._rows: TeacherRows | None = None
+        self._loss_mask: Tensor = torch.empty(0)
+        self._module.eval()
+        # The one place where Megatron has the bare logits; without labels it would copy them.
+        self._module.compute_language_model_loss = self._select
+
+    def rows(self, batches: Sequence[dict[str, Any]]) -> list[TeacherRows]:
+        """The rows of each micro batch's supervised positions, sample by sample, on the CPU.
+
+        Empty but on the last pipeline stage.
+        """
+        with torch.no_grad():
+            collected: list[TeacherRows] = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iter(batches),
+                model=self._model,
+                num_microbatches=len(batches),
+                seq_length=max(batch["tokens"].shape[1] for batch in batches),
+                micro_batch_size=batches[0]["tokens"].shape[0],
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return collected
+
+    def _forward_step(self, batches: Iterator[dict[str, Any]], model: Any) -> Any:
+        batch = next(batches)
+        tokens, position_ids, labels, self._loss_mask = (
+            batch[name].to(self._device, non_blocking=True)
+            for name in ("tokens", "position_ids", "labels", "loss_mask")
+        )
+        output = model(
+            input_ids=tokens, position_ids=position_ids, attention_mask=None, labels=labels
+        )
+        return output, lambda _, non_loss_data: self._rows
+
+    def _select(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Take the rows out of logits [S, B, Vp]; the loss [B, S] that Megatron asks for is 0."""
+        batch, position = self._loss_mask.nonzero(as_tuple=True)
+        flat = logits.flatten(0, 1)
+        parts = [
+            select_teacher_rows(
+                flat[index],
+                self._selection,
+                self._vocab_size,
+                parallel_state.get_tensor_model_parallel_group(),
+            )
+            for index in (position * logits.shape[1] + batch).split(_TOKENS_PER_SELECTION)
+        ]
+        self._rows = TeacherRows(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+        return torch.zeros(labels.shape, device=labels.device)
+
+
+def _fill(
+    writer: CacheWriter,
+    missing: list[int],
+    teacher: _Teacher,
+    samples: ConcatDataset[Any],
+    data: DataConfig,
+) -> None:
+    rank = parallel_state.get_data_parallel_rank()
+    mine = missing[rank :: parallel_state.get_data_parallel_world_size()]
+    writes = (
+        parallel_state.is_pipeline_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    # One bar: of the replica that writes first, since replicas have the same share.
+    bar = tqdm(
+        desc=f"{writer.path.name}: {len(missing)} of {writer.manifest.num_shards} shards",
+        total=sum(len(writer.manifest.shard_samples(shard)) for shard in mine),
+        unit="sample",
+        disable=not (writes and rank == 0),
+        mininterval=1,
+    )
+    num_tokens, start = 0, time.monotonic()
+    with bar:
+        for shard in mine:
+            with writer.shard(shard) if writes else nullcontext() as sink:
+                for items in _windows(samples, writer.manifest.shard_samples(shard), data):
+                    tokens = _fill_window(sink, items, teacher, samples.datasets[0], data)
+                    num_tokens += tokens
+                    bar.set_postfix_str(
+                        f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False
+                    )
+                    bar.update(len(items))
+    # Replicas end at different times; a time-out to match keeps the job together.
+    everyone = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    torch.distributed.barrier(everyone)
+    if torch.distributed.get_rank() == 0:
+        whole = not writer.missing_shards()
+        print(
+            f"{writer.path}: wrote {len(missing)} of {writer.manifest.num_shards} shards; "
+            + ("the cache is whole" if whole else "the others are still missing")
+        )
+
+
+def _windows(
+    samples: ConcatDataset[Any], indices: range, data: DataConfig
+) -> Iterator[list[dict[str, Any]]]:
+    """A shard's samples, tokenised, window by window."""
+    size = data.micro_batch_size * _MICRO_BATCHES_PER_WINDOW
+    return iter(
+        DataLoader(
+            samples,
+            batch_sampler=[indices[start : start + size] for start in range(0, len(indices), size)],
+            num_workers=data.num_workers,
+            collate_fn=list,
+        )
+    )
+
+
+def _fill_window(
+    sink: Any, items: list[dict[str, Any]], teacher: _Teacher, dataset: Any, data: DataConfig
+) -> int:
+    """Add a window's samples and their rows to `sink`, if there is one; return its tokens."""
+    longest_first = sorted(range(len(items)), key=lambda index: -len(items[index]["input_ids"]))
+    micro_batches = [
+        longest_first[start : start + data.micro_batch_size]
+        for start in range(0, len(items), data.micro_batch_size)
+    ]
+    batches = [dataset.collate_fn([items[i] for i in indices]) for indices in micro_batches]
+    rows_of: dict[int, TeacherRows] = {}
+    for indices, batch, rows in zip(micro_batches, batches, teacher.rows(batches), strict=False):
+        counts = batch["loss_mask"].sum(1).tolist()
+        parts = zip(*(tensor.split(counts) for tensor in rows), strict=True)
+        rows_of |= {i: TeacherRows(*part) for i, part in zip(indices, parts, strict=True)}
+    num_tokens = 0
+    for index, item in enumerate(items):
+        tokens, loss_mask, context_length = _sample(item, dataset)
+        num_tokens += len(tokens)
+        if sink is not None:
+            sink.add(
+                tokens,
+                loss_mask,
+                context_length,
+                *(tensor.numpy() for tensor in rows_of[index]),
+            )
+    return num_tokens
+
+
+def _sample(item: dict[str, Any], dataset: Any) -> tuple[Any, Any, int]:
+    """tokens int32 [T], loss mask uint8 [T] and context length, as NeMo's collate cuts them."""
+    longest = dataset.max_seq_length
+    # GPTSFTChatDataset computes its mask with the tokens, GPTSFTDataset when it collates.
+    mask = item["mask"] if "mask" in item else dataset._build_loss_mask(item)
+    tokens = np.asarray(item["input_ids"], dtype=np.int32)[: longest + 1]
+    loss_mask = np.asarray(mask).astype(np.uint8)[: longest + 1]
+    loss_mask[:1] = 0  # nothing predicts the first token
+    return tokens, loss_mask, min(len(item["context_ids"]), longest)
+
+
+def _build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> ConcatDataset[Any]:
+    """The samples of all files in their order, by NeMo's own dataset."""
+    if data.index_mapping_dir is None:
+        # NeMo keeps an index of the lines and never looks whether the file changed since.
+        content = xxhash.xxh3_64_hexdigest("".join(source.xxh3_128 for source in sources).encode())
+        index_dir = os.path.join(tempfile.gettempdir(), f"nemo-kd-{os.getuid()}-{content}")
+    else:
+        index_dir = data.index_mapping_dir
+    settings = OmegaConf.create(asdict(data) | {"index_mapping_dir": index_dir})
+    datasets = model._build_dataset(settings, is_train=False)
+    for dataset in datasets:
+        dataset.is_test = False  # which would take a missing label for an empty one
+    return ConcatDataset(datasets)
+
+
+def _read_teacher_config(config: DictConfig, data: DataConfig) -> DictConfig:
+    teacher = config.teacher
+    model_config = read_model_config(teacher.restore_from_path, "teacher.restore_from_path")
+    known = {field.name for field in fields(TransformerConfig)} | set(model_config)
+    overrides = {key: value for key, value in teacher.items() if key != "restore_from_path"}
+    refuse_unknown_keys(overrides, known | set(_TEACHER_KEYS), "teacher")
+    with open_dict(model_config):
+        model_config.update(overrides)
+        model_config.precision = config.trainer.precision
+        model_config.micro_batch_size = data.micro_batch_size
+        model_config.answer_only_loss = data.answer_only_loss
+        model_config.sep_id = data.sep_id
+        model_config.data = {"chat": data.chat, "chat_prompt_tokens": data.chat_prompt_tokens}
+        model_config.optim = {"name": "adamw", "lr": 0.0}  # NeMo asks for its name
+        # micro batches have their own lengths, and pipeline stages must tell each other
+        model_config.variable_seq_lengths = teacher.pipeline_model_parallel_size > 1
+        for key in ("granularity", "method", "num_layers", "layers_per_pipeline"):
+            model_config[f"activations_checkpoint_{key}"] = None
+    if config.trainer.accelerator == "cpu":
+        cpu_backend.prepare_model_config(model_config)
+    return model_config
+
+
+_TEACHER_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+    "megatron_amp_O2",
+)
+
+
+def _selection_settings(selection: SelectionConfig) -> dict[str, Any]:
+    """The fields that shape the rows of this kind."""
+    return {"kind": selection.kind, "k": selection.k, "temperature": selection.temperature}
+
+
+def _check_source(path: str, data: DataConfig) -> SourceFile:
+    """Read a jsonl once: each line a JSON object with the keys that the samples are made of.
+
+    Raises:
+        ValueError: It is not; names the file and the line.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"data.file_names: expected jsonl files, found no {path}")
+    with open(path, "rb") as lines:
+        blank = 0
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                blank = blank or number
+                continue
+            if blank:
+                raise ValueError(f"{path}, line {blank}: expected a JSON object, got a blank line")
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+            missing = [
+                key for key in data.keys if not isinstance(record, dict) or key not in record
+            ]
+            if missing:
+                raise ValueError(
+                    f"{path}, line {number}: expected the keys {', '.join(data.keys)}, "
+                    f"found no {', '.join(missing)}; mend the line, or set data.prompt_template "
+                    "and data.label_key to the file's keys"
+                )
+    return fingerprint_file(path)
+
+
+def _fingerprint_checkpoint(path: Path) -> str:
+    """Hash of the sizes and of blocks spaced evenly: 700 GB take no longer than 1 GB."""
+    block, num_blocks = 1 << 16, 64
+    digest = xxhash.xxh3_128()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with open(file, "rb") as stream:
+            for number in range(num_blocks):
+                stream.seek(number * max(0, size - block) // (num_blocks - 1))
+                digest.update(stream.read(block))
+    return digest.hexdigest()
+
+
+def _on_rank_zero(function: Any) -> Any:
+    """Call it on global rank 0 and return its result on every rank.
+
+    An exception of rank 0 is raised on every rank, so that none waits for the others.
+    """
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
