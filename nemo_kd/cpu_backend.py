@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,8 +110,9 @@ def _replace_apex_and_transformer_engine() -> None:
     from megatron.core.tensor_parallel import (
         set_defaults_if_not_set_tensor_model_parallel_attributes,
     )
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
-    from nemo.collections.nlp.modules.common.megatron import build_model, utils
+    from nemo.collections.nlp.modules.common.megatron import build_model, clip_grads, utils
     from nemo.collections.nlp.parts import nlp_overrides
 
     # NLPDDPStrategy refuses without Apex; its isinstance checks name Apex's optimizers, which
@@ -138,6 +140,9 @@ def _replace_apex_and_transformer_engine() -> None:
         set_defaults_if_not_set_tensor_model_parallel_attributes
     )
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
+    # Gradient clipping takes the norm with Apex's kernels.
+    clip_grads.multi_tensor_applier = local_multi_tensor_applier
+    clip_grads.amp_C = SimpleNamespace(multi_tensor_l2norm=local_multi_tensor_l2_norm)
     # get_params_for_weight_decay_optimization and the gradient clipping ask for them by isinstance.
     utils.FusedLayerNorm = utils.FastLayerNorm = torch.nn.LayerNorm
     utils.MixedFusedRMSNorm = torch.nn.RMSNorm

@@ -1,0 +1,93 @@
+"""Train a student on the teacher's cached top-K and on the labels: KD + SFT.
+
+    python examples/train_kd_sft.py model.restore_from_path=student.nemo \\
+        model.data.train_ds.file_names=[cache] model.data.validation_ds.file_names=[heldout-cache]
+
+conf/train_kd_sft.yaml lists every key. model.knowledge_distillation.kd_loss_weight=0 with
+sft_loss_weight=1 is plain SFT on the same samples.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_kd import cpu_backend
+from nemo_kd.config import refuse_unknown_keys
+from nemo_kd.launch import (
+    build_trainer,
+    initialize_model_parallel,
+    prepare_accelerator,
+    read_model_config,
+    user_errors,
+)
+
+CONFIG_FILE = Path(__file__).parent / "conf" / "train_kd_sft.yaml"
+
+
+def refuse_misspelt_keys(config: DictConfig, model_keys: set[str]) -> None:
+    """Refuse keys that come from a preset or a + override and that nothing reads.
+
+    trainer, exp_manager and model.optim are refused by Lightning, NeMo and the optimizer.
+    """
+    known = OmegaConf.load(CONFIG_FILE)
+    refuse_unknown_keys(config, known, "config")
+    refuse_unknown_keys(config.model, set(known.model) | model_keys, "model")
+    refuse_unknown_keys(config.model.data, known.model.data, "model.data")
+    for name in ("train_ds", "validation_ds"):
+        refuse_unknown_keys(config.model.data[name], known.model.data[name], f"model.data.{name}")
+
+
+def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
+    """The .nemo's config under the run's, as NeMo's MegatronGPTSFTModel.merge_cfg_with has it."""
+    train_ds, validation_ds = config.model.data.train_ds, config.model.data.validation_ds
+    with open_dict(student):
+        student.data, student.optim = {}, {}  # of the run that wrote the .nemo
+        merged: Any = OmegaConf.merge(student, config.model)
+        merged.micro_batch_size = train_ds.micro_batch_size
+        merged.global_batch_size = train_ds.global_batch_size
+        merged.precision = config.trainer.precision
+        if train_ds.concat_sampling_probabilities is None and len(train_ds.file_names) == 1:
+            merged.data.train_ds.concat_sampling_probabilities = [1.0]
+    for name in (*train_ds.file_names, *validation_ds.file_names):
+        if not Path(name).exists():
+            raise ValueError(f"model.data: expected a cache or a jsonl, found no {name}")
+    if config.trainer.accelerator == "cpu":
+        cpu_backend.prepare_model_config(merged)
+    return merged
+
+
+def train_kd_sft(config: DictConfig) -> None:
+    prepare_accelerator(config)
+    student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
+    from megatron.core.transformer import TransformerConfig
+    from nemo.utils.exp_manager import exp_manager
+
+    model_keys = {field.name for field in fields(TransformerConfig)} | set(student)
+    refuse_misspelt_keys(config, model_keys)
+    model_config = merge_model_config(config, student)
+    from nemo_kd.model import MegatronGPTSFTKDModel
+
+    trainer = build_trainer(config)
+    exp_manager(trainer, config.exp_manager)
+    initialize_model_parallel(trainer, model_config)
+    model = MegatronGPTSFTKDModel.restore_from(
+        config.model.restore_from_path, override_config_path=model_config, trainer=trainer
+    )
+    trainer.fit(model)
+    if config.save_to is not None:
+        save_to = Path(config.save_to).absolute()
+        save_to.parent.mkdir(parents=True, exist_ok=True)
+        model.save_to(str(save_to))
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train_kd_sft")
+def main(config: DictConfig) -> None:
+    with user_errors():
+        train_kd_sft(config)
+
+
+if __name__ == "__main__":
+    main()
