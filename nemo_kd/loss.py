@@ -164,9 +164,10 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gradients,) = ctx.saved_tensors
         weights = grad_outputs[0]
-        assert weights is not None
+        if weights is None:
+            return (None,) * 7
+        (gradients,) = ctx.saved_tensors
         # Not inplace: the saved gradient stays whole, so that the graph may be walked again.
         scaled = gradients if ctx.inplace else torch.empty_like(gradients)
         begin = 0
@@ -174,7 +175,7 @@ class _FusedLoss(torch.autograd.Function):
             # The weights stay float32: in bfloat16 their rounding would be the whole row's.
             torch.mul(source, weights[begin : begin + len(source), None], out=out)
             begin += len(source)
-        return scaled, *[None] * 6
+        return scaled, *(None,) * 6
 
 
 class _GatherVocab(torch.autograd.Function):

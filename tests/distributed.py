@@ -1,0 +1,82 @@
+"""Runs a function in real gloo processes: tests of parallelism are tests of collectives."""
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+) -> list[Any]:
+    """`[fn(rank, world_size, *args) for rank]`, one process a rank in one gloo world.
+
+    `fn` is importable (top-level in its module); what it returns goes through torch.save. A rank
+    that raises fails the call with its traceback, one that hangs is killed after `timeout` seconds.
+    """
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        processes = [
+            context.Process(
+                target=_run_rank, args=(fn, rank, world_size, directory, timeout, args), daemon=True
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(directory), time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [
+            torch.load(Path(directory) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def _wait(processes: list[Any], directory: Path, deadline: float) -> None:
+    """Until every rank has ended well; the first failure or the deadline ends the wait."""
+    while True:
+        codes = [process.exitcode for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                error = directory / f"{rank}.error"
+                reason = error.read_text() if error.exists() else f"ended with exit code {code}"
+                raise RuntimeError(f"rank {rank} of {len(processes)}: {reason}")
+        if all(code == 0 for code in codes):
+            return
+        if time.monotonic() > deadline:
+            running = [rank for rank, code in enumerate(codes) if code is None]
+            raise TimeoutError(f"ranks {running} of {len(processes)} did not end in time")
+        time.sleep(0.02)
+
+
+def _run_rank(
+    fn: Callable[..., Any], rank: int, world_size: int, directory: str, timeout: float, args: Any
+) -> None:
+    torch.set_num_threads(1)  # ranks share the machine; more threads only wait for each other
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{directory}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        torch.save(fn(rank, world_size, *args), f"{directory}/{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(directory, f"{rank}.error").write_text(traceback.format_exc())
+        raise

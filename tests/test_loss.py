@@ -1,0 +1,327 @@
+"""The loss on a whole vocabulary: every mode and edge against the float64 reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from loss_cases import EDGES, MODES, Case, V, random_case
+from reference import reference_loss
+
+import nemo_kd._fused
+from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
+
+
+def run(
+    case: Case, config: KDLossConfig, *, inplace: bool = False
+) -> tuple[KDLossOutput, torch.Tensor]:
+    """The output and dsum(loss)/dlogits."""
+    logits = case.logits.clone().requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=config, inplace=inplace
+    )
+    out.loss.sum().backward()
+    assert logits.grad is not None
+    return out, logits.grad
+
+
+def assert_matches_reference(
+    case: Case, config: KDLossConfig, out: KDLossOutput, gradient: torch.Tensor
+) -> None:
+    """Values to 1e-5 relative, gradients to 1e-5 of the largest: float32 keeps seven digits, and
+    sums of 48 terms and an exp cost about one. 1e-6 beside it, for a KD near 0 is a difference of
+    log-probs of order 1."""
+    expected = reference_loss(*case.flat(), config)
+    for name, value in {**out._asdict(), **out.metrics}.items():
+        if name != "metrics":
+            torch.testing.assert_close(
+                value.double().flatten(),
+                expected[name],
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+    largest = expected["gradient"].abs().max()
+    error = (gradient.double().reshape(expected["gradient"].shape) - expected["gradient"]).abs()
+    assert error.max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("gather", ["topk", "full"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("edge", EDGES)
+def test_matches_reference(edge: str, mode: str, gather: str) -> None:
+    case, config = EDGES[edge](), replace(MODES[mode], logits_gather=gather)
+    out, gradient = run(case, config)
+    assert_matches_reference(case, config, out, gradient)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inplace_gradient_lies_where_the_logits_were(mode: str) -> None:
+    case = random_case()
+    _, expected = run(case, MODES[mode])
+    logits = (case.logits * 1).requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=MODES[mode], inplace=True
+    )
+    (gradient,) = torch.autograd.grad(out.loss.sum(), logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_default_leaves_the_logits_untouched(mode: str) -> None:
+    case = random_case()
+    logits = case.logits.clone().requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=MODES[mode]
+    )
+    out.loss.sum().backward()
+    assert torch.equal(logits, case.logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_gradient_nothing_is_written(mode: str) -> None:
+    case = random_case()
+    expected, _ = run(case, MODES[mode])
+    logits = case.logits.clone().requires_grad_()
+    with torch.no_grad():
+        out = vocab_parallel_kd_sft_loss(
+            logits,
+            case.labels,
+            case.log_probs,
+            case.ids,
+            case.tails,
+            config=MODES[mode],
+            inplace=True,
+        )
+    assert torch.equal(logits, case.logits)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_chunks_that_do_not_divide_the_tokens(
+    mode: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = random_case(shape=(3, 3))
+    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", rows * V * 4)
+    for inplace in (False, True):
+        out, gradient = run(case, MODES[mode], inplace=inplace)
+        assert_matches_reference(case, MODES[mode], out, gradient)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("strides", ["transposed", "sliced", "vocabulary_strided"])
+def test_non_contiguous_logits(
+    strides: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", 2 * V * 4)
+    case, config = random_case(shape=(3, 4)), MODES["forward_kl-bucket-T2"]
+    base, view = {
+        "transposed": (case.logits.transpose(0, 1).contiguous(), lambda x: x.transpose(0, 1)),
+        "sliced": (case.logits.repeat(1, 2, 1), lambda x: x[:, :4]),
+        "vocabulary_strided": (case.logits.repeat_interleave(2, -1), lambda x: x[..., ::2]),
+    }[strides]
+    logits = view(base.requires_grad_())
+    assert not logits.is_contiguous()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=config, inplace=inplace
+    )
+    out.loss.sum().backward()
+    assert_matches_reference(case, config, out, view(base.grad))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_half_precision_logits(mode: str, dtype: torch.dtype, inplace: bool) -> None:
+    case, config = random_case(), MODES[mode]
+    case.logits = case.logits.to(dtype)
+    out, gradient = run(case, config, inplace=inplace)
+    assert out.loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    expected = reference_loss(*case.flat(), config)
+    # The logits are exact in float32, so the values are as for float32 input.
+    torch.testing.assert_close(out.loss.double().flatten(), expected["loss"], rtol=1e-5, atol=1e-6)
+    # The gradient is rounded once, when stored: half a unit in the last place of each element.
+    torch.testing.assert_close(
+        gradient.double().reshape(expected["gradient"].shape),
+        expected["gradient"],
+        rtol=torch.finfo(dtype).eps / 2 * 1.01,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck(mode: str) -> None:
+    case = random_case(shape=(4,), k=3, v=9)
+    case.ids[1, 1:] = -1
+    case.ids[2] = -1
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        arguments = (case.labels, case.log_probs.double(), case.ids, case.tails.double())
+        return vocab_parallel_kd_sft_loss(logits, *arguments, config=MODES[mode]).loss
+
+    assert torch.autograd.gradcheck(loss, case.logits.double().requires_grad_())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grad_output_that_is_not_one(dtype: torch.dtype, inplace: bool) -> None:
+    case, config = random_case(), MODES["forward_kl-label-T1"]
+    case.logits = case.logits.to(dtype)
+    weights = torch.linspace(-2, 3, case.labels.numel()).view(case.labels.shape)
+    weights[0, 0] = 0
+    _, unweighted = run(case, config)
+    logits = case.logits.clone().requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=config, inplace=inplace
+    )
+    (gradient,) = torch.autograd.grad((weights * out.loss).sum(), logits)
+    expected = (weights[..., None] * unweighted.float()).to(dtype)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    assert (gradient[0, 0] == 0).all()
+
+
+def test_masked_batch_has_no_loss_and_no_gradient() -> None:
+    case = EDGES["all_rows_empty"]()
+    logits = case.logits.clone().requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=KDLossConfig()
+    )
+    loss = (out.loss * torch.zeros_like(out.loss)).sum()
+    loss.backward()
+    assert loss == 0
+    assert (out.kd_loss == 0).all()
+    assert (logits.grad == 0).all()
+    assert all((value == 0).all() for value in out.metrics.values())
+
+
+def test_no_tokens() -> None:
+    case = random_case(shape=(0, 2))
+    out, gradient = run(case, KDLossConfig())
+    assert out.loss.shape == (0, 2)
+    assert gradient.shape == case.logits.shape
+
+
+def test_graph_may_be_walked_again_unless_inplace() -> None:
+    case = random_case()
+    for inplace in (False, True):
+        logits = case.logits.clone().requires_grad_()
+        out = vocab_parallel_kd_sft_loss(
+            logits, case.labels, case.log_probs, case.ids, config=KDLossConfig(), inplace=inplace
+        )
+        loss = 2 * out.loss.sum()
+        (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        if inplace:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, logits)
+        else:
+            assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
+
+
+def test_gradient_of_a_row_does_not_depend_on_the_micro_batch() -> None:
+    case, config = random_case(shape=(6,)), KDLossConfig()
+    _, together = run(case, config)
+    for i in range(6):
+        row = slice(i, i + 1)
+        alone = Case(*(getattr(case, name)[row] for name in Case.__dataclass_fields__))
+        torch.testing.assert_close(run(alone, config)[1], together[row], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "mode", ["forward_kl-renormalize-T2", "jsd-bucket-T2", "forward_kl-drop-T2"]
+)
+def test_gradient_does_not_grow_with_k(mode: str) -> None:
+    """|dKD/dz|_1 <= 2 T for a difference of two distributions, however many entries they have."""
+    config = replace(MODES[mode], kd_loss_weight=1.0, sft_loss_weight=0.0)
+    for k in (1, 6, 24, V):
+        _, gradient = run(random_case(k=k), config)
+        assert gradient.abs().sum(-1).max() <= 2 * config.temperature * 1.0001
+
+
+@pytest.mark.parametrize("gather", ["topk", "full"])
+def test_bucket_tail_is_exact_for_a_certain_student(gather: str) -> None:
+    """1 - sum clamped at 1e-8 read 11.85 where the loss is 15.11 and gave the tail no gradient."""
+    case = random_case(shape=(1,), k=2, v=8)
+    case.ids = torch.tensor([[0, 1]])
+    case.log_probs = torch.tensor([[0.3, 0.3]]).log()
+    case.tails = torch.tensor([0.4]).log()
+    case.logits = torch.tensor([[30.0, 30.0, -10.0, -10.0, -10.0, -10.0, -10.0, -10.0]])
+    case.labels = torch.tensor([0])
+    config = KDLossConfig(tail="bucket", sft_loss_weight=0, logits_gather=gather)
+    out, gradient = run(case, config)
+    assert_matches_reference(case, config, out, gradient)
+    assert gradient[0, 2:].sum() == pytest.approx(-0.4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"divergence": "kl"}, "expected divergence one of forward_kl, reverse_kl, jsd; got 'kl'"),
+        ({"tail": "ghost"}, "expected tail one of"),
+        ({"logits_gather": "all"}, "expected logits_gather one of"),
+        ({"temperature": 0.0}, "expected temperature > 0, got 0.0"),
+        ({"temperature": float("nan")}, "expected temperature > 0, got nan"),
+        ({"jsd_beta": 1.0}, "expected 0 < jsd_beta < 1, got 1.0"),
+        ({"kd_loss_weight": -1.0}, "expected kd_loss_weight >= 0, got -1.0"),
+        ({"kd_loss_weight": 0.0, "sft_loss_weight": 0.0}, "got 0 for both"),
+        ({"divergence": "reverse_kl", "tail": "label"}, "use tail renormalize or bucket"),
+        ({"divergence": "reverse_kl", "tail": "drop"}, "use tail renormalize or bucket"),
+        ({"divergence": "jsd", "tail": "label"}, "use tail renormalize or bucket"),
+        ({"divergence": "jsd", "tail": "drop"}, "use tail renormalize or bucket"),
+    ],
+)
+def test_config_refuses_what_has_no_meaning(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KDLossConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ids", V, "expected teacher_topk_ids from -1 to 47, got 48; the student's .* V=48"),
+        ("ids", -2, "expected teacher_topk_ids from -1 to 47, got -2"),
+        ("labels", V, "expected labels from 0 to 47, got 48"),
+        ("labels", -100, "expected labels from 0 to 47, got -100"),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_refused(name: str, value: int, message: str) -> None:
+    case = random_case()
+    getattr(case, name)[1, 1] = value
+    with pytest.raises(ValueError, match=message):
+        run(case, KDLossConfig())
+
+
+def test_an_id_twice_in_a_row_is_refused() -> None:
+    case = random_case()
+    case.ids[1, 1, 5] = case.ids[1, 1, 0]
+    with pytest.raises(
+        ValueError, match=rf"each id at most once a row, got {case.ids[1, 1, 0]} twice"
+    ):
+        run(case, KDLossConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("labels", r"expected labels of shape \(3, 2\)"),
+        ("log_probs", "expected teacher_topk_log_probs of the ids' shape"),
+        ("ids", r"expected teacher_topk_ids of shape \(3, 2\) \+ \(K,\)"),
+        ("tails", r"expected teacher_tail_log_probs of shape \(3, 2\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name: str, message: str) -> None:
+    case = random_case()
+    setattr(case, name, getattr(case, name)[:2])
+    with pytest.raises(ValueError, match=message):
+        run(case, KDLossConfig(tail="bucket"))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "label"])
+def test_missing_tail_is_refused(tail: str) -> None:
+    case = random_case()
+    with pytest.raises(ValueError, match=f"expected teacher_tail_log_probs with tail={tail}"):
+        vocab_parallel_kd_sft_loss(
+            case.logits, case.labels, case.log_probs, case.ids, config=KDLossConfig(tail=tail)
+        )
