@@ -18,7 +18,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu_backend
-from nemo_kd.launch import build_trainer, drop_noise, initialize_model_parallel, user_errors
+from nemo_kd.launch import (
+    build_trainer,
+    drop_noise,
+    initialize_model_parallel,
+    save_nemo,
+    user_errors,
+)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # one architecture; qwen2 has a bias in q, k and v
 
@@ -45,7 +51,10 @@ def load_source(source: Path) -> tuple[Any, Any]:
         raise ValueError(
             f"source: expected model_type {' or '.join(MODEL_TYPES)}, got {config.model_type}"
         )
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype="auto", **file)
+    # The config in hand spares another reading of a GGUF file's metadata, which takes seconds.
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, torch_dtype="auto", **file
+    )
     tokenizer = AutoTokenizer.from_pretrained(directory, **file)
     return model, from_gguf(tokenizer, source) if file else tokenizer
 
@@ -259,7 +268,7 @@ def import_hf_llama(config: DictConfig) -> None:
         )
     module.to(hf_model.dtype).load_state_dict(weights, strict=False)
     with_gpu_keys(model.cfg)
-    model.save_to(str(output))
+    save_nemo(model, str(output))
     print(
         f"{output}: {len(layers)} of {num_layers} layers, "
         f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M parameters, "

@@ -21,6 +21,7 @@ from nemo_kd.launch import (
     initialize_model_parallel,
     prepare_accelerator,
     read_model_config,
+    save_nemo,
     user_errors,
 )
 
@@ -81,9 +82,7 @@ def train_kd_sft(config: DictConfig) -> None:
         return
     trainer.fit(model)
     if config.save_to is not None:
-        save_to = Path(config.save_to).absolute()
-        save_to.parent.mkdir(parents=True, exist_ok=True)
-        model.save_to(str(save_to))
+        save_nemo(model, config.save_to)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train_kd_sft")

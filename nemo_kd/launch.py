@@ -5,9 +5,11 @@ the process group's backend alone.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +163,21 @@ def read_model_config(path: str, key: str) -> DictConfig:
         with open_dict(config):
             config.tokenizer.type = beside
     return config
+
+
+def save_nemo(model: Any, path: str) -> None:
+    """Write a .nemo, on every rank of the model, by one atomic rename.
+
+    NeMo collects the weights in the directory of the .nemo, under one name for all: two runs that
+    save there at once would mix theirs.
+    """
+    target = Path(path).absolute()
+    directory = target.parent / f".{target.name}.saving"
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_to(str(directory / target.name))
+    if torch.distributed.get_rank() == 0:  # NeMo's save ends in a barrier
+        os.replace(directory / target.name, target)
+        shutil.rmtree(directory)
 
 
 def drop_noise() -> None:
