@@ -172,6 +172,7 @@ def gradient(
     columns: Columns,
     class_gradient: Tensor,
     config: KDLossConfig,
+    token_weights: Tensor | None,
     work: Tensor,
     work_t: Tensor,
 ) -> None:
@@ -181,7 +182,8 @@ def gradient(
                    + kd_loss_weight * T * (dD/du_j if j is an entry, else the dense part)
 
     The dense part is 0 for renormalize, dD/du_outside * softmax(z/T over the outside)_j for bucket
-    and softmax(z/T)_j for label and drop. `class_gradient` (dD/du) is overwritten.
+    and softmax(z/T)_j for label and drop. `token_weights` `[n]` multiply the rows.
+    `class_gradient` (dD/du) is overwritten.
     """
     sparse = class_gradient.mul_(config.kd_loss_weight * config.temperature)
     if config.tail == "bucket":
@@ -194,14 +196,19 @@ def gradient(
         dense = ~targets.absent.all(-1) * (config.kd_loss_weight * config.temperature)
     sparse[:, -1] -= config.sft_loss_weight
     scale = (student.offset - student.log_sum).exp_().mul_(config.sft_loss_weight)
+    scale_t = None
     if config.tail != "renormalize":
         # At most 0 unless the outside is empty (inf), and then `dense` is 0.
         exponent = (student.offset / config.temperature - student.log_outside).clamp_(max=0)
         scale_t = exponent.exp_().mul_(dense)
         if work_t is work:
-            scale = scale + scale_t
+            scale, scale_t = scale.add_(scale_t), None
+    if token_weights is not None:
+        sparse.mul_(token_weights[:, None])
+        scale.mul_(token_weights)
+        scale_t = None if scale_t is None else scale_t.mul_(token_weights)
     work.mul_(scale[:, None])
-    if config.tail != "renormalize" and work_t is not work:
+    if scale_t is not None:
         work.addcmul_(work_t, scale_t[:, None])
     work.scatter_add_(1, columns.column, sparse.masked_fill_(columns.foreign, 0))
 
@@ -242,12 +249,14 @@ def fused_pass(
     targets: Targets,
     config: KDLossConfig,
     group: ProcessGroup | None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Student]:
     """D `[N]` and the student's statistics; dloss/dz of every chunk if `write` is there.
 
     `read` walks the chunks of logits; `write` walks them with the memory, maybe their own, that has
-    dloss/dz when the walk goes on. A whole vocabulary is walked once. A sharded one is walked
-    twice: the rows' normalisers need every shard, and one collective for all beats one a chunk.
+    dloss/dz, times `token_weights`, when the walk goes on. A whole vocabulary is walked once. A
+    sharded one is walked twice: the rows' normalisers need every shard, and one collective for all
+    chunks beats one for each.
     """
     dtype = targets.probs.dtype
     scratch: dict[str, Tensor] = {}  # allocated when first needed: forming in place needs none
@@ -284,7 +293,17 @@ def fused_pass(
             exponentials(z, chunk_columns, config, work, work_t, local.peak[rows])
         value, class_gradient = divergence(student, chunk_targets, config)
         if out is not None:
-            gradient(student, chunk_targets, chunk_columns, class_gradient, config, work, work_t)
+            weights = None if token_weights is None else token_weights[rows]
+            gradient(
+                student,
+                chunk_targets,
+                chunk_columns,
+                class_gradient,
+                config,
+                weights,
+                work,
+                work_t,
+            )
             if work is not out:
                 out.copy_(work)
         values.append(value)

@@ -84,7 +84,7 @@ class KDLossOutput(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The teacher's side of N rows; nothing of the student in it. Classes as the module says."""
+    """The teacher's classes and their probabilities, for N rows; nothing of the student in it."""
 
     absent: Tensor  # [N, K + 1] bool: no class of the divergence
     probs: Tensor  # [N, K + 1], 0 where absent, sums to 1 or, in a row without any, to 0
@@ -190,3 +190,21 @@ def make_targets(
         present &= classes > -torch.inf
     target = (classes - total).masked_fill_(~present, -torch.inf)
     return Targets(~present, target.exp(), target)
+
+
+def flatten_rows(
+    labels: Tensor,
+    log_probs: Tensor,
+    ids: Tensor,
+    tail_log_probs: Tensor | None,
+    vocab_size: int,
+    config: KDLossConfig,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Targets]:
+    """Labels `[N]`, log-probs and ids `[N, K]` and the targets of any leading dimensions."""
+    ids = ids.reshape(-1, ids.shape[-1])
+    labels = labels.reshape(-1)
+    log_probs = log_probs.detach().reshape(ids.shape)
+    tail = None if tail_log_probs is None else tail_log_probs.detach().reshape(-1)
+    targets = make_targets(log_probs, ids, tail, labels, vocab_size, config, dtype)
+    return labels, log_probs, ids, targets

@@ -3,6 +3,7 @@
 `vocab_parallel_kd_sft_loss` is the front. Its default way reads the logits in chunks of tokens
 that stay in the processor's cache and forms the gradient while a chunk is at hand;
 `logits_gather="full"` is the formula read plainly on the whole vocabulary, check and fallback.
+`vocab_parallel_linear_kd_sft_loss` starts one layer earlier and never holds the logits.
 docs/loss.md derives every gradient.
 """
 
@@ -24,10 +25,16 @@ from nemo_kd._fused import (
     metrics,
     tokens_per_chunk,
 )
-from nemo_kd._objective import KDLossConfig, KDLossOutput, Targets, check_inputs, make_targets
+from nemo_kd._objective import KDLossConfig, KDLossOutput, Targets, check_inputs, flatten_rows
+from nemo_kd.linear_loss import vocab_parallel_linear_kd_sft_loss
 from nemo_kd.vocab_parallel import all_gather, num_vocab_shards, vocab_shard_range
 
-__all__ = ["KDLossConfig", "KDLossOutput", "vocab_parallel_kd_sft_loss"]
+__all__ = [
+    "KDLossConfig",
+    "KDLossOutput",
+    "vocab_parallel_kd_sft_loss",
+    "vocab_parallel_linear_kd_sft_loss",
+]
 
 
 def vocab_parallel_kd_sft_loss(
@@ -86,11 +93,15 @@ def vocab_parallel_kd_sft_loss(
     # A group of one moves nothing, and the whole vocabulary is read once.
     tp_group = tp_group if num_vocab_shards(tp_group) > 1 else None
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    ids = teacher_topk_ids.reshape(-1, teacher_topk_ids.shape[-1])
-    labels = labels.reshape(-1)
-    log_probs = teacher_topk_log_probs.detach().reshape(ids.shape)
-    tail = None if teacher_tail_log_probs is None else teacher_tail_log_probs.detach().reshape(-1)
-    targets = make_targets(log_probs, ids, tail, labels, vocab_size, config, dtype)
+    labels, log_probs, ids, targets = flatten_rows(
+        labels,
+        teacher_topk_log_probs,
+        teacher_topk_ids,
+        teacher_tail_log_probs,
+        vocab_size,
+        config,
+        dtype,
+    )
     if config.logits_gather == "full":
         loss, kd_loss, sft_loss, student = _dense_loss(
             student_logits, labels, ids, targets, config, tp_group, dtype
@@ -170,11 +181,18 @@ class _FusedLoss(torch.autograd.Function):
         (gradients,) = ctx.saved_tensors
         # Not inplace: the saved gradient stays whole, so that the graph may be walked again.
         scaled = gradients if ctx.inplace else torch.empty_like(gradients)
+        scratch: Tensor | None = None
         begin = 0
         for source, out in _chunks(ctx.num_tokens, gradients, scaled):
-            # The weights stay float32: in bfloat16 their rounding would be the whole row's.
-            torch.mul(source, weights[begin : begin + len(source), None], out=out)
+            weight = weights[begin : begin + len(source), None]
             begin += len(source)
+            if source.dtype == weight.dtype:
+                torch.mul(source, weight, out=out)
+            else:  # in float32: a weight rounded to bfloat16 would be off for its whole row
+                scratch = (
+                    source.float() if scratch is None else scratch[: len(source)].copy_(source)
+                )
+                out.copy_(scratch.mul_(weight))
         return scaled, *(None,) * 6
 
 

@@ -48,6 +48,15 @@ def all_gather(tensor: Tensor, group: ProcessGroup | None) -> list[Tensor]:
     return parts
 
 
+def reduce_scatter_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's part, along the first dimension, of the sum over the group."""
+    if group is None:
+        return tensor
+    part = torch.empty_like(tensor[: len(tensor) // group.size()])
+    dist.reduce_scatter_tensor(part, tensor, group=group)
+    return part
+
+
 def global_log_sum_exp(local: Tensor, group: ProcessGroup | None) -> Tensor:
     """`log sum_ranks exp(local)`, elementwise; -inf where every rank has -inf. One all-gather."""
     if group is None:

@@ -1,0 +1,206 @@
+"""The output layer fused in, against the layer and the loss one after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+from loss_cases import MODES, Case, V, random_case
+
+import nemo_kd._fused
+import nemo_kd.linear_loss
+from nemo_kd.loss import (
+    KDLossConfig,
+    KDLossOutput,
+    vocab_parallel_kd_sft_loss,
+    vocab_parallel_linear_kd_sft_loss,
+)
+
+S, B, H = 6, 2, 16
+
+
+def make(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Case, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A case, hidden `[S, B, H]`, weight `[V, H]` and token weights that mask a third."""
+    generator = torch.Generator().manual_seed(3)
+    case = random_case(shape=(S, B))
+    case.ids[2, 1] = -1
+    hidden = torch.randn(S, B, H, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    token_weights = (torch.rand(S, B, generator=generator) < 0.66) / 7
+    return case, hidden.to(dtype), weight.to(dtype), token_weights
+
+
+def two_steps(
+    mode: str, dtype: torch.dtype = torch.float32
+) -> tuple[KDLossOutput, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output per token, and the scalar loss with the gradients of hidden and weight, times 3."""
+    case, hidden, weight, token_weights = make(dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        hidden @ weight.t(), case.labels, case.log_probs, case.ids, case.tails, config=MODES[mode]
+    )
+    loss = (token_weights * out.loss).sum()
+    (3 * loss).backward()
+    return out, loss.detach(), hidden.grad, weight.grad
+
+
+def fused(
+    mode: str,
+    rank: int = 0,
+    world_size: int = 1,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prepare: Any = lambda weight: None,
+) -> tuple[KDLossOutput, torch.Tensor | None, torch.Tensor | None]:
+    """This rank's output and gradients, the loss times 3."""
+    case, hidden, weight, token_weights = make(dtype)
+    if sequence_parallel:
+        hidden = hidden[rank * S // world_size : (rank + 1) * S // world_size].clone()
+    weight = weight[rank * V // world_size : (rank + 1) * V // world_size].clone()
+    hidden.requires_grad_(), weight.requires_grad_()
+    prepare(weight)
+    out = vocab_parallel_linear_kd_sft_loss(
+        hidden,
+        weight,
+        case.labels,
+        case.log_probs,
+        case.ids,
+        case.tails,
+        token_weights=token_weights,
+        config=MODES[mode],
+        tp_group=dist.group.WORLD if world_size > 1 else None,
+        sequence_parallel=sequence_parallel,
+    )
+    (3 * out.loss).backward()
+    return out._replace(loss=out.loss.detach()), hidden.grad, weight.grad
+
+
+def assert_same(
+    mode: str,
+    out: KDLossOutput,
+    hidden_grad: torch.Tensor,
+    weight_grad: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Matrix products sum 48 terms in another order: 1e-5 of the largest in float32, 1e-12 in
+    float64. In bfloat16 the two-step way rounds the gradient of the logits twice and the fused way
+    once: four units in the last place of the largest."""
+    expected, loss, expected_hidden, expected_weight = two_steps(mode, dtype)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    torch.testing.assert_close(out.loss, loss, rtol=tolerance, atol=1e-6)
+    assert out.loss.shape == ()
+    for got, want in ((out.kd_loss, expected.kd_loss), (out.sft_loss, expected.sft_loss)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(out.metrics[name], value, rtol=1e-5, atol=1e-5)
+    for got, want in ((hidden_grad, expected_hidden), (weight_grad, expected_weight)):
+        assert got.dtype == want.dtype
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.fixture(params=[1, 5, 100], ids=lambda tokens: f"{tokens}_tokens_a_block")
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(nemo_kd.linear_loss._BLOCK_BYTES, "cpu", request.param * V * 4)
+    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", 2 * V * 4)
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_output_layer_and_loss(mode: str, dtype: torch.dtype) -> None:
+    assert_same(mode, *fused(mode, dtype=dtype), dtype=dtype)
+
+
+def on_every_rank(rank: int, world_size: int) -> dict[tuple[str, bool], Any]:
+    nemo_kd.linear_loss._BLOCK_BYTES["cpu"] = 5 * V // world_size * 4
+    nemo_kd._fused._CHUNK_BYTES["cpu"] = 2 * V // world_size * 4
+    return {
+        (mode, sequence_parallel): fused(mode, rank, world_size, sequence_parallel)
+        for mode in MODES
+        for sequence_parallel in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[tuple[str, bool], Any]]:
+    return run_distributed(on_every_rank, 2)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole_S", "sequence_parallel"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tensor_parallel(ranks: list[Any], mode: str, sequence_parallel: bool) -> None:
+    results = [rank[mode, sequence_parallel] for rank in ranks]
+    weight_grad = torch.cat([weight_grad for _, _, weight_grad in results])
+    for out, hidden_grad, _ in results:
+        if sequence_parallel:
+            hidden_grad = torch.cat([hidden_grad for _, hidden_grad, _ in results])
+        assert_same(mode, out, hidden_grad, weight_grad)
+
+
+@pytest.mark.parametrize("zero_out", [False, True], ids=["untied", "tied"])
+def test_main_grad(zero_out: bool) -> None:
+    """Added to what is there, marked as Megatron's layers mark it; a tied weight gets zeros."""
+    mode, kept = "forward_kl-label-T1", {}
+
+    def prepare(weight: torch.Tensor) -> None:
+        weight.main_grad = torch.ones(weight.shape)
+        weight.grad_added_to_main_grad = False
+        weight.zero_out_wgrad = zero_out
+        kept["weight"] = weight
+
+    _, hidden_grad, stand_in = fused(mode, prepare=prepare)
+    _, _, expected_hidden, expected_weight = two_steps(mode)
+    weight = kept["weight"]
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad, 1 + expected_weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden_grad, expected_hidden, rtol=1e-5, atol=1e-6)
+    assert stand_in.shape == weight.shape
+    if zero_out:
+        assert (stand_in == 0).all()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_input_has_no_gradient(frozen: str) -> None:
+    case, hidden, weight, token_weights = make()
+    (weight if frozen == "hidden" else hidden).requires_grad_()
+    out = vocab_parallel_linear_kd_sft_loss(
+        hidden, weight, case.labels, case.log_probs, case.ids,
+        token_weights=token_weights, config=KDLossConfig(),
+    )  # fmt: skip
+    (3 * out.loss).backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_without_gradient() -> None:
+    mode = "jsd-bucket-T2"
+    case, hidden, weight, token_weights = make()
+    weight.requires_grad_()
+    with torch.no_grad():
+        out = vocab_parallel_linear_kd_sft_loss(
+            hidden, weight, case.labels, case.log_probs, case.ids, case.tails,
+            token_weights=token_weights, config=MODES[mode],
+        )  # fmt: skip
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, two_steps(mode)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_full_gather_is_refused() -> None:
+    case, hidden, weight, token_weights = make()
+    with pytest.raises(ValueError, match=r"expected logits_gather=topk .* got full"):
+        vocab_parallel_linear_kd_sft_loss(
+            hidden, weight, case.labels, case.log_probs, case.ids,
+            token_weights=token_weights, config=KDLossConfig(logits_gather="full"),
+        )  # fmt: skip
+
+
+def test_token_weights_of_another_shape_are_refused() -> None:
+    case, hidden, weight, token_weights = make()
+    with pytest.raises(ValueError, match=r"expected token_weights of shape \(6, 2\)"):
+        vocab_parallel_linear_kd_sft_loss(
+            hidden, weight, case.labels, case.log_probs, case.ids,
+            token_weights=token_weights[:3], config=KDLossConfig(),
+        )  # fmt: skip
