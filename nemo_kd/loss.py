@@ -60,8 +60,9 @@ def vocab_parallel_kd_sft_loss(
         teacher_tail_log_probs: `[...]` float, log of the mass outside; read by bucket and label.
         config: the objective.
         tp_group: ranks that share the vocabulary; None if it is not sharded.
-        inplace: the logits' memory becomes the gradient's. Then they must not be read again, and
-            backward may run once. Without a gradient to form, nothing is written.
+        inplace: the logits' memory becomes the gradient's (logits_gather="topk"). Then they must
+            not be read again, and backward may run once. Without a gradient to form, and so under
+            no_grad, nothing is written.
 
     Returns:
         `[...]` each, float32 (float64 for float64 logits): `loss`, differentiable in the logits;

@@ -1,11 +1,14 @@
 """The loss on a whole vocabulary: every mode and edge against the float64 reference."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from loss_cases import EDGES, MODES, Case, V, random_case
 from reference import reference_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import nemo_kd._fused
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
@@ -96,6 +99,48 @@ def test_without_gradient_nothing_is_written(mode: str) -> None:
     assert torch.equal(logits, case.logits)
     assert not out.loss.requires_grad
     torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=0, atol=0)
+
+
+class StorageSizes(TorchDispatchMode):
+    """The size of every storage that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_at: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self.bytes_at[storage.data_ptr()] = storage.nbytes()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_gradient", [True, False], ids=["inplace", "no_grad"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_larger_than_a_chunk_is_allocated(
+    mode: str, with_gradient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = random_case(shape=(16, 4), v=512)
+    chunk_bytes = 8 * 512 * 4
+    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", chunk_bytes)
+    logits = case.logits.to(dtype).requires_grad_(with_gradient)
+    with StorageSizes() as sizes:
+        out = vocab_parallel_kd_sft_loss(
+            logits,
+            case.labels,
+            case.log_probs,
+            case.ids,
+            case.tails,
+            config=MODES[mode],
+            inplace=True,
+        )
+        if with_gradient:
+            out.loss.sum().backward()
+    del sizes.bytes_at[logits.data_ptr()]
+    assert max(sizes.bytes_at.values()) <= chunk_bytes
 
 
 @pytest.mark.parametrize("mode", MODES)
