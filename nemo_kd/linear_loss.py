@@ -18,6 +18,8 @@ from nemo_kd.vocab_parallel import (
 
 # Logits that exist at a time. Large, for each block reads and writes the weight's whole gradient.
 _BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+# A half-precision product is added to the float32 gradient in pieces, or it would be a second one.
+_IDS_PER_PRODUCT = 8192
 
 
 def vocab_parallel_linear_kd_sft_loss(
@@ -174,7 +176,9 @@ class _FusedLinearLoss(torch.autograd.Function):
                 if weight_grad is not None and logits.dtype == dtype:
                     weight_grad.addmm_(logits.t(), rows[part])
                 elif weight_grad is not None:
-                    weight_grad.add_(logits.t() @ rows[part])
+                    for begin in range(0, len(weight_grad), _IDS_PER_PRODUCT):
+                        ids = slice(begin, begin + _IDS_PER_PRODUCT)
+                        weight_grad[ids] += logits[:, ids].t() @ rows[part]
 
         forms_gradient = hidden_grad is not None or weight_grad is not None
         value, student = fused_pass(

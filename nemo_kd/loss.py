@@ -53,7 +53,7 @@ def vocab_parallel_kd_sft_loss(
     Args:
         student_logits: `[..., Vp]`, this rank's vocab shard, any float type and any strides.
             float64 is computed in float64, everything else in float32.
-        labels: `[...]` int64, ids in the whole vocabulary.
+        labels: `[...]` int64, ids in the whole vocabulary, also where the caller masks the token.
         teacher_topk_log_probs: `[..., K]` float, log of the teacher's softmax over its vocabulary.
         teacher_topk_ids: `[..., K]` int, ids in the whole vocabulary, each at most once a row; -1
             marks an empty entry. Any order.

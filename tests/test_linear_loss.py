@@ -105,6 +105,7 @@ def assert_same(
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(nemo_kd.linear_loss._BLOCK_BYTES, "cpu", request.param * V * 4)
     monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", 2 * V * 4)
+    monkeypatch.setattr(nemo_kd.linear_loss, "_IDS_PER_PRODUCT", 7)
 
 
 @pytest.mark.usefixtures("_blocks")
