@@ -108,17 +108,12 @@ def test_no_tokens() -> None:
         ({"p": 0.0}, "expected 0 < selection.p <= 1, got 0.0"),
         ({"p": 1.5}, "expected 0 < selection.p <= 1, got 1.5"),
         ({"temperature": 0.0}, "expected selection.temperature > 0, got 0.0"),
+        ({"seed": -1}, r"expected 0 <= selection.seed < 2\*\*63, got -1"),
     ],
 )
 def test_config_refuses_what_has_no_meaning(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SelectionConfig(**change)
-
-
-@pytest.mark.parametrize("kind", ["top_p", "sample"])
-def test_kinds_to_come_name_themselves(kind: str) -> None:
-    with pytest.raises(NotImplementedError, match=kind):
-        SelectionConfig(kind=kind)
 
 
 def test_k_above_the_vocabulary_is_refused() -> None:
