@@ -414,9 +414,15 @@ def test_bad_sample(tmp_path, change, message):
         ({"num_samples": True}, "num_samples: expected int, got True"),
         ({"num_samples": 0}, "num_samples: expected an integer from 1"),
         ({"sources": []}, r"sources: expected tuple, got \[\]"),
-        ({"codec": "zip"}, r"codec: expected one that this release knows \(raw\), got 'zip'"),
+        ({"codec": "zip"}, r"codec: expected one that this release knows \(raw, packed\), got 'zip'"),
         ({"value_type": "float8"}, "value_type: expected one .*float16.* got 'float8'"),
         ({"selection": {"kind": "magic"}}, "selection.kind: expected one .*top_k.* got 'magic'"),
+        ({"value_type": "count"}, "value_type: expected one .*float16.* got 'count'"),
+        ({"selection": {"kind": "sample", "temperature": 1}}, "selection.num_draws: expected an"),
+        (
+            {"selection": {"kind": "top_p", "k": 9, "p": 1.5, "temperature": 1}},
+            "selection.p: expected a number above 0, at most 1, got 1.5",
+        ),
         ({"k": 51}, "selection.k: expected an integer from 1 to 50, got 51"),
         (
             {"selection": {"kind": "top_k", "k": 1, "temperature": 0}},

@@ -10,9 +10,8 @@ from typing import Any, TypeVar, get_origin
 import xxhash
 
 FORMAT_VERSION = 1
-_SELECTION_KINDS = ("top_k",)
-_CODECS = ("raw",)
-_VALUE_TYPES = ("float16",)
+_SELECTION_KINDS = ("top_k", "top_p", "sample")
+_CODECS = ("raw", "packed")
 _SEAL_KEY = "xxh3_128"
 _READ_BYTES = 1 << 20
 
@@ -36,16 +35,17 @@ class Manifest:
     """Everything that shaped a cache. Two runs with equal manifests write equal bytes.
 
     Args:
-        selection: how the kept entries were chosen: `kind` ("top_k"), `k` (entries a row),
-            `temperature` (of the teacher's softmax), and whatever else a selection needs.
+        selection: how the kept entries were chosen: `kind` ("top_k", "top_p", "sample"),
+            `temperature` (of the teacher's softmax), `k` (top_k: entries a row; top_p: at most),
+            `p` (top_p), `num_draws` and `seed` (sample).
         vocab_size: the tokenizer's own size, without padding.
         tokenizer_fingerprint, teacher_fingerprint: equal for equal tokenizers and teachers.
         sources: the files the samples came from, in the order they were read.
         dataset: the settings that shaped the tokens (prompt template, max_seq_length, ...).
         num_samples: samples in the cache, all shards together.
         samples_per_shard: samples in every shard but the last.
-        codec: how rows are stored, see nemo_kd.cache.codec.
-        value_type: how a log-prob is stored.
+        codec: how rows are stored, "raw" or "packed", see nemo_kd.cache.codec.
+        value_type: how a log-prob is stored; by default what the codec writes.
 
     Raises:
         ValueError: a field of the wrong type, out of range, or unknown to this release.
@@ -60,7 +60,7 @@ class Manifest:
     num_samples: int
     samples_per_shard: int
     codec: str = "raw"
-    value_type: str = "float16"
+    value_type: str = ""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -70,15 +70,43 @@ class Manifest:
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
         _check_choice("format_version", self.format_version, (FORMAT_VERSION,))
         _check_choice("codec", self.codec, _CODECS)
-        _check_choice("value_type", self.value_type, _VALUE_TYPES)
         _check_choice("selection.kind", self.selection.get("kind"), _SELECTION_KINDS)
         _check_range("num_samples", self.num_samples, 1, 2**63 - 1)
         _check_range("samples_per_shard", self.samples_per_shard, 1, 2**31 - 1)
         _check_range("vocab_size", self.vocab_size, 1, 2**31 - 1)
-        _check_range("selection.k", self.selection.get("k"), 1, self.vocab_size)
+        self._check_selection()
+        object.__setattr__(self, "value_type", self.value_type or self._value_type)
+        _check_choice("value_type", self.value_type, (self._value_type,))
+
+    def _check_selection(self) -> None:
+        if self.selection["kind"] == "sample":
+            _check_range("selection.num_draws", self.selection.get("num_draws"), 1, 2**31 - 1)
+        else:
+            _check_range("selection.k", self.selection.get("k"), 1, self.vocab_size)
         temperature: Any = self.selection.get("temperature")
         if type(temperature) not in (int, float) or not 0 < temperature < float("inf"):
             raise ValueError(f"selection.temperature: expected a number > 0, got {temperature!r}")
+        p: Any = self.selection.get("p")
+        if self.selection["kind"] == "top_p" and (type(p) not in (int, float) or not 0 < p <= 1):
+            raise ValueError(f"selection.p: expected a number above 0, at most 1, got {p!r}")
+
+    @property
+    def _value_type(self) -> str:
+        if self.codec == "raw":
+            return "float16"
+        return "count" if self.selection["kind"] == "sample" else "12 and 4 bits"
+
+    @property
+    def ragged(self) -> bool:
+        """Rows differ in length."""
+        return bool(self.selection["kind"] != "top_k")
+
+    @property
+    def max_entries(self) -> int:
+        """Entries of the longest row that the selection makes; of every row, unless ragged."""
+        if self.selection["kind"] == "sample":
+            return min(int(self.selection["num_draws"]), self.vocab_size)
+        return int(self.selection["k"])
 
     @property
     def num_shards(self) -> int:

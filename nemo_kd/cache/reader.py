@@ -165,9 +165,8 @@ class _Shard:
         # Copies: rows outlive the map, and torch wants memory that it may write to.
         tokens, loss_mask = arrays["tokens"].copy(), arrays["loss_mask"].copy()
         try:
-            rows = self._codec.decode(arrays)
-            counts = (loss_mask.size, int(loss_mask.sum()), arrays["context_length"].size)
-            if counts != (tokens.size, len(rows[0]), 1):
+            rows = self._codec.decode(arrays, int(loss_mask.sum()))
+            if (loss_mask.size, arrays["context_length"].size) != (tokens.size, 1):
                 raise ValueError("its pairs do not belong together")
         except ValueError as error:
             raise ValueError(

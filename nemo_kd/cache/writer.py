@@ -191,12 +191,18 @@ def _check(sample: Sample, manifest: Manifest) -> None:
         raise ValueError(
             f"context_length: expected 0 to {num_tokens} tokens, got {sample.context_length}"
         )
-    shape = (int(sample.loss_mask.sum()), manifest.selection["k"])
+    num_columns = sample.topk_ids.shape[-1] if manifest.ragged else manifest.max_entries
+    shape = (int(sample.loss_mask.sum()), num_columns)
     _check_array("topk_ids", sample.topk_ids, "iu", shape)
     _check_array("topk_log_probs", sample.topk_log_probs, "f", shape)
     _check_array("tail_log_probs", sample.tail_log_probs, "f", shape[:1])
-    for name in "tokens", "topk_ids":
-        ids = getattr(sample, name)
+    kept = sample.topk_ids != -1 if manifest.ragged else np.full(shape, True)
+    longest = kept.sum(axis=1).max(initial=0)
+    if longest > manifest.max_entries:
+        raise ValueError(
+            f"topk_ids: expected at most {manifest.max_entries} entries a row, got {longest}"
+        )
+    for name, ids in ("tokens", sample.tokens), ("topk_ids", sample.topk_ids[kept]):
         if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
             raise ValueError(
                 f"{name}: expected ids from 0 to {manifest.vocab_size - 1} (vocabulary of "
