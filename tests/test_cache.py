@@ -414,7 +414,10 @@ def test_bad_sample(tmp_path, change, message):
         ({"num_samples": True}, "num_samples: expected int, got True"),
         ({"num_samples": 0}, "num_samples: expected an integer from 1"),
         ({"sources": []}, r"sources: expected tuple, got \[\]"),
-        ({"codec": "zip"}, r"codec: expected one that this release knows \(raw, packed\), got 'zip'"),
+        (
+            {"codec": "zip"},
+            r"codec: expected one that this release knows \(raw, packed\), got 'zip'",
+        ),
         ({"value_type": "float8"}, "value_type: expected one .*float16.* got 'float8'"),
         ({"selection": {"kind": "magic"}}, "selection.kind: expected one .*top_k.* got 'magic'"),
         ({"value_type": "count"}, "value_type: expected one .*float16.* got 'count'"),

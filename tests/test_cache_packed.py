@@ -195,7 +195,7 @@ def test_the_loss_cannot_tell(objective):
 
     loss, gradient = loss_and_gradient(ids, log_probs, tails)
     packed_loss, packed_gradient = loss_and_gradient(*packed)
-    assert 0.01 < loss / num_rows < 0.5  # drop counts what the tail would say
+    assert 0.01 < loss / num_rows < 1.0  # label and drop counts what the tail would say
     assert abs(packed_loss - loss) / loss < 0.002
     assert (packed_gradient - gradient).norm() / gradient.norm() < 0.01
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
-import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from nemo_kd.cache.layout import (
     Sample,
     shard_name,
 )
+from nemo_kd.cache.lease import Lease, is_alive, is_free, this_host
 from nemo_kd.cache.manifest import (
     Manifest,
     ShardRecord,
@@ -31,6 +33,8 @@ from nemo_kd.cache.manifest import (
 from nemo_kd.cache.pair import PairWriter, sync
 
 _TEMPORARY = ".tmp"
+_LEASE = ".tmp-claim-"
+_POLL_S = 1.0
 # log_softmax of logits near 1e4 rounds to at most some 1e-3 above zero; more is no log-prob.
 _HIGHEST_LOG_PROB = 0.01
 
@@ -75,12 +79,36 @@ class CacheWriter:
         present = set(os.listdir(self.path))
         return [index for index in wanted if shard_name(index) not in present]
 
+    def claim_shards(
+        self, shards: Iterable[int] | None = None, *, wait: bool = False
+    ) -> Iterator[int]:
+        """Hand out the missing shards, of all or of `shards`, that no other process has claimed.
+
+        A shard is this process's until the next one is asked for or the iterator is closed, and is
+        to be written by then. A claim is free at once when its process, of this host, is dead, and
+        after some minutes without a sign of life from any other.
+
+        Args:
+            wait: stay until what others have claimed is there, and take over what they give up.
+        """
+        wanted = self.missing_shards(shards)
+        while wanted:
+            for index in wanted:
+                with Lease(_lease_path(self.path, index)) as held:
+                    # It may have been published since the shards were listed.
+                    if held and not (self.path / shard_name(index)).exists():
+                        yield index
+            wanted = self.missing_shards(wanted) if wait else []
+            if wanted:
+                time.sleep(_POLL_S)
+
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
         """Write one shard: published on a clean exit, removed without a trace on an exception.
 
         Raises:
             ValueError: at the exit, if it did not get exactly its samples.
+            OSError: the disk is full, among others; the cache is as it was.
         """
         temporary = _temporary_path(self.path)
         temporary.mkdir()
@@ -89,6 +117,14 @@ class CacheWriter:
                 yield writer
                 writer.finish()
             _publish(temporary, self.path / shard_name(index))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}: shard {index} of {self.path} was not written, the "
+                "cache is as it was before; free some space and run again, it goes on from there",
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -262,35 +298,26 @@ def _publish(temporary: Path, final: Path) -> None:
 _temporary_numbers = itertools.count()
 
 
-def _host() -> str:
-    """Within which a process id means one process: the host, and the container on it if any."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
-
-
 def _temporary_path(directory: Path) -> Path:
-    return directory / f"{_TEMPORARY}+{_host()}+{os.getpid()}+{next(_temporary_numbers)}"
+    return directory / f"{_TEMPORARY}+{this_host()}+{os.getpid()}+{next(_temporary_numbers)}"
+
+
+def _lease_path(directory: Path, index: int) -> Path:
+    return directory / f"{_LEASE}{index:05d}"
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary directories and files whose process, of this host, is dead."""
-    this_host = _host()
+    """Remove what dead processes of this host left, and claims on shards that are there."""
+    temporary_of_this_host = f"{_TEMPORARY}+{this_host()}+"
     for entry in path.iterdir():
-        if not entry.name.startswith(f"{_TEMPORARY}+{this_host}+"):
-            continue
-        process_id = int(entry.name.split("+")[2])
-        if not _is_alive(process_id):
+        if entry.name.startswith(_LEASE):
+            index = int(entry.name.removeprefix(_LEASE))
+            if (path / shard_name(index)).exists() or is_free(entry):
+                entry.unlink(missing_ok=True)
+        elif entry.name.startswith(temporary_of_this_host) and not is_alive(
+            int(entry.name.split("+")[2])
+        ):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs as another user
-        return True
-    return True
