@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import struct
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -13,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from nemo_kd.cache.layout import Array, pair_paths
 
 _HEADER_BYTES = 34  # magic 9, version 8, element type 1, number of sequences 8, of documents 8
+_LENGTH, _PLACE = np.dtype("<i4"), np.dtype("<i8")
 
 
 class PairWriter:
@@ -42,40 +45,61 @@ class PairWriter:
 
 
 class PairReader:
-    """A mapped pair. The .idx is compared with what its lengths imply before it is trusted.
+    """Reads one sequence at a time, at a cost that no number of sequences changes.
+
+    By pread, not through a map: a process that reads a map of a file that is cut meanwhile dies,
+    a map's pages count as the process's memory, and the bytes have to be copied anyway. Shares
+    nothing with threads or forked processes but the open files.
 
     Raises:
-        ValueError: the .idx is not what Megatron writes for `num_sequences` sequences of `dtype`,
-            or the .bin has another size than the .idx implies.
+        ValueError: the .idx is not one of `num_sequences` sequences of `dtype`.
     """
 
     def __init__(
         self, directory: Path, name: str, dtype: type[np.generic], num_sequences: int
     ) -> None:
-        bin_path, idx_path = pair_paths(directory, name)
-        raw = idx_path.read_bytes()
-        # Zeros stand in for what a cut file lacks: the comparison below refuses it.
-        padded = raw.ljust(_HEADER_BYTES + 4 * num_sequences, b"\0")
-        lengths = np.frombuffer(padded, "<i4", num_sequences, _HEADER_BYTES)
-        if (lengths < 0).any() or raw != _index_bytes(lengths, dtype):
+        self._bin, self._idx = (FileIO(path) for path in pair_paths(directory, name))
+        self._dtype = np.dtype(dtype)
+        self._num_sequences = num_sequences
+        self._bin_bytes = os.fstat(self._bin.fileno()).st_size
+        header = _index_header(num_sequences, dtype)
+        if (
+            os.fstat(self._idx.fileno()).st_size != _index_size(num_sequences)
+            or os.pread(self._idx.fileno(), len(header), 0) != header
+        ):
             raise ValueError(
-                f"{idx_path}: expected the index of {num_sequences} sequences of "
+                f"{self._idx.name}: expected the index of {num_sequences} sequences of "
                 f"{dtype.__name__}, got something else; run nemo-kd verify"
             )
-        self._ends = np.cumsum(lengths, dtype=np.int64)
-        num_elements = max(int(self._ends[-1]), 1)
-        size_bytes = num_elements * dtype().itemsize
-        if bin_path.stat().st_size != size_bytes:
-            raise ValueError(
-                f"{bin_path}: expected {size_bytes} bytes as its .idx says, "
-                f"got {bin_path.stat().st_size}; run nemo-kd verify"
-            )
-        self._elements = np.asarray(np.memmap(bin_path, dtype, mode="r"))
-        self.lengths = lengths
 
     def __getitem__(self, index: int) -> Array:
-        end = self._ends[index]
-        return self._elements[end - self.lengths[index] : end]
+        """The sequence, in memory of its own.
+
+        Raises:
+            ValueError: its length and its place contradict each other or the .bin's size.
+        """
+        (length,) = self._read(self._idx, _LENGTH, 1, _HEADER_BYTES + index * _LENGTH.itemsize)
+        is_last = index + 1 == self._num_sequences
+        places = _HEADER_BYTES + self._num_sequences * _LENGTH.itemsize + index * _PLACE.itemsize
+        start, *after = self._read(self._idx, _PLACE, 1 if is_last else 2, places).tolist()
+        end = start + int(length) * self._dtype.itemsize
+        # After the last sequence the file ends, but for the one element of a pair of empty ones.
+        is_empty = is_last and end == 0 and self._bin_bytes == self._dtype.itemsize
+        expected_end = after[0] if after else 0 if is_empty else self._bin_bytes
+        if not 0 <= start <= end == expected_end <= self._bin_bytes:
+            raise ValueError(
+                f"{self._idx.name}: sequence {index}: {length} elements from byte {start} "
+                f"contradict what follows or the {self._bin_bytes} bytes of the .bin; run "
+                "nemo-kd verify"
+            )
+        return self._read(self._bin, self._dtype, int(length), start)
+
+    @staticmethod
+    def _read(file: FileIO, dtype: np.dtype[Any], count: int, offset: int) -> Array:
+        elements = bytearray(count * dtype.itemsize)
+        if os.preadv(file.fileno(), [elements], offset) != len(elements):
+            raise ValueError(f"{file.name}: it was cut while it was read; run nemo-kd verify")
+        return np.frombuffer(elements, dtype)
 
 
 def sync(path: Path) -> None:
@@ -87,11 +111,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _index_bytes(lengths: Array, dtype: type[np.generic]) -> bytes:
-    """The whole .idx for sequences of these lengths, each a document of its own."""
-    lengths = lengths.astype(np.int64)
-    pointers = (np.cumsum(lengths) - lengths) * dtype().itemsize
+def _index_header(num_sequences: int, dtype: type[np.generic]) -> bytes:
+    """The start of an .idx; lengths, places and numbers of documents follow."""
     code = DType.code_from_dtype(dtype)
-    header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, code, lengths.size, lengths.size + 1)
-    documents = np.arange(lengths.size + 1, dtype=np.int64)
-    return header + lengths.astype("<i4").tobytes() + pointers.tobytes() + documents.tobytes()
+    return struct.pack("<9sQBQQ", b"MMIDIDX", 1, code, num_sequences, num_sequences + 1)
+
+
+def _index_size(num_sequences: int) -> int:
+    """A length and a place for each sequence; numbers of documents, one more than sequences."""
+    sequence_bytes = _LENGTH.itemsize + 2 * _PLACE.itemsize
+    return _HEADER_BYTES + num_sequences * sequence_bytes + _PLACE.itemsize
