@@ -30,6 +30,7 @@ VOCAB_SIZE = 49152
 # The teacher's own chat format, without its system turn.
 PROMPT = r"<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n{output}"
 LAYERS = [0, 6, 12, 18, 24, 29]  # of the teacher's 30
+VALIDATION_BATCH = 4
 SEED = 1234
 
 
@@ -89,8 +90,10 @@ def write_data(num_train: int | None, num_heldout: int) -> None:
     questions = sorted({question for question, _ in pairs})
     random.Random(SEED).shuffle(questions)
     heldout = set(questions[:num_heldout])
+    validated = [pair for pair in pairs if pair[0] in heldout]
     split = {
-        "heldout": [pair for pair in pairs if pair[0] in heldout],
+        # whole batches: NeMo fills a short one up with its last sample
+        "heldout": validated[: len(validated) // VALIDATION_BATCH * VALIDATION_BATCH],
         "train": [pair for pair in pairs if pair[0] not in heldout][:num_train],
     }
     for name, selected in split.items():
@@ -149,8 +152,8 @@ def train(
         *(f"model.data.{ds}_ds.num_workers=0" for ds in ("train", "validation")),
         "model.data.train_ds.global_batch_size=16",
         "model.data.train_ds.micro_batch_size=8",
-        "model.data.validation_ds.global_batch_size=4",
-        "model.data.validation_ds.micro_batch_size=4",
+        f"model.data.validation_ds.global_batch_size={VALIDATION_BATCH}",
+        f"model.data.validation_ds.micro_batch_size={VALIDATION_BATCH}",
         "model.data.validation_drop_last=false",
         *(f"model.knowledge_distillation.{k}={v}" for k, v in knowledge_distillation.items()),
         "model.optim.lr=5e-4",

@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu_backend
-from nemo_kd.config import refuse_unknown_keys
+from nemo_kd.config import read_settings, refuse_unknown_keys
 from nemo_kd.launch import (
     build_trainer,
     initialize_model_parallel,
@@ -24,17 +24,20 @@ from nemo_kd.launch import (
     save_nemo,
     user_errors,
 )
+from nemo_kd.loss import KDLossConfig
 
 CONFIG_FILE = Path(__file__).parent / "conf" / "train_kd_sft.yaml"
 
 
-def refuse_misspelt_keys(config: DictConfig, model_keys: set[str]) -> None:
-    """Refuse keys that come from a preset or a + override and that nothing reads.
+def check_settings(config: DictConfig, model_keys: set[str]) -> None:
+    """Check the objective, and refuse keys of a preset or a + override that nothing reads.
 
     trainer, exp_manager and model.optim are refused by Lightning, NeMo and the optimizer.
     """
     known = OmegaConf.load(CONFIG_FILE)
     refuse_unknown_keys(config, known, "config")
+    objective = config.model.get("knowledge_distillation", {})
+    read_settings(KDLossConfig, objective, "model.knowledge_distillation")
     refuse_unknown_keys(config.model, set(known.model) | model_keys, "model")
     refuse_unknown_keys(config.model.data, known.model.data, "model.data")
     for name in ("train_ds", "validation_ds"):
@@ -67,7 +70,7 @@ def train_kd_sft(config: DictConfig) -> None:
     from nemo.utils.exp_manager import exp_manager
 
     model_keys = {field.name for field in fields(TransformerConfig)} | set(student)
-    refuse_misspelt_keys(config, model_keys)
+    check_settings(config, model_keys)
     model_config = merge_model_config(config, student)
     from nemo_kd.model import MegatronGPTSFTKDModel
 

@@ -26,7 +26,9 @@ def run_distributed(
     with tempfile.TemporaryDirectory() as directory:
         processes = [
             context.Process(
-                target=_run_rank, args=(fn, rank, world_size, directory, timeout, args), daemon=True
+                target=_run_rank,
+                args=(fn, rank, world_size, directory, timeout, args),
+                daemon=False,
             )
             for rank in range(world_size)
         ]

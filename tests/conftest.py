@@ -1,0 +1,102 @@
+"""Models and data that many tests share, made once a session: a tiny teacher and a tiny student."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+from runs import dump_arguments, run_example, write_jsonl
+
+WORDS = re.findall(
+    r"\w+",
+    """
+    the a student teacher learns from large small model and data of with every token probability
+    distribution knowledge distillation entropy temperature vocabulary sequence gradient parallel
+    pipeline micro batch shard cache divergence forward reverse label answer question supervised
+    """,
+)
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A byte-level BPE of 401 tokens: NeMo pads to 512 at TP=1 and at TP=2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=401,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=40)) for _ in range(400)]
+    tokenizer.train_from_iterator(texts, trainer)
+    assert tokenizer.get_vocab_size() == 401
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def hf_llamas(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer) -> dict[str, Path]:
+    """Random Hugging Face Llamas with grouped queries, embeddings tied and untied."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    paths = {}
+    for name, tied, layers in (("tied", True, 2), ("untied", False, 3)):
+        torch.manual_seed(len(name))
+        config = LlamaConfig(
+            vocab_size=len(hf_tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=tied,
+            initializer_range=0.3,  # peaked distributions, as a trained model has
+            eos_token_id=hf_tokenizer.eos_token_id,
+            bos_token_id=hf_tokenizer.bos_token_id,
+        )
+        paths[name] = tmp_path_factory.mktemp("hf") / name
+        LlamaForCausalLM(config).save_pretrained(paths[name])
+        hf_tokenizer.save_pretrained(paths[name])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def nemos(tmp_path_factory: pytest.TempPathFactory, hf_llamas: dict[str, Path]) -> dict[str, Path]:
+    """The same two models as .nemo: "untied" is the teacher, "tied" the student."""
+    directory = tmp_path_factory.mktemp("nemo")
+    paths = {name: directory / f"{name}.nemo" for name in hf_llamas}
+    for name, path in paths.items():
+        run_example("import_hf_llama.py", f"source={hf_llamas[name]}", f"output={path}")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten samples of many lengths; the longest exceed MAX_SEQ_LENGTH."""
+    rng = random.Random(1)
+    records = [
+        {
+            "input": " ".join(rng.choices(WORDS, k=1 + 3 * number)),
+            "output": " ".join(rng.choices(WORDS, k=1 + number)),
+        }
+        for number in range(10)
+    ]
+    rng.shuffle(records)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", records)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, nemos: dict[str, Path], jsonl: Path) -> Path:
+    """The teacher's top-8 over the samples."""
+    path = tmp_path_factory.mktemp("cache") / "cache"
+    run_example("dump_teacher_topk.py", *dump_arguments(nemos["untied"], jsonl, path))
+    return path

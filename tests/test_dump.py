@@ -1,0 +1,140 @@
+"""The teacher run: what Hugging Face computes, at any layout, and the same bytes after a crash."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import EXAMPLES, MAX_SEQ_LENGTH, PROMPT, dump_arguments, run_example, write_jsonl
+
+from nemo_kd.cache import TopKCache
+
+
+def files_of(cache: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_rows_are_those_of_hugging_face(cache: Path, hf_llamas: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = AutoModelForCausalLM.from_pretrained(hf_llamas["untied"])
+    tokenizer = AutoTokenizer.from_pretrained(hf_llamas["untied"])
+    opened = TopKCache.open(cache)
+    assert len(opened) == 10
+    longest = max(len(sample.tokens) for sample in opened)
+    assert longest == MAX_SEQ_LENGTH, "a sample is truncated"
+    for sample in opened:
+        tokens = torch.from_numpy(sample.tokens).long()
+        with torch.no_grad():
+            log_probs = hf(tokens[None]).logits[0].log_softmax(-1)
+        positions = sample.loss_mask.nonzero()[0] - 1
+        expected = log_probs[positions].topk(8)
+        # float16 holds log-probs down to -16 to 0.008; ids may swap where two are as near as that
+        np.testing.assert_allclose(sample.topk_log_probs, expected.values, atol=1e-2)
+        own = log_probs[positions].gather(1, torch.from_numpy(sample.topk_ids).long())
+        np.testing.assert_allclose(sample.topk_log_probs, own, atol=1e-2)
+        assert (sample.topk_ids == expected.indices.numpy()).mean() > 0.99
+        tail = (1 - expected.values.double().exp().sum(-1)).log()
+        np.testing.assert_allclose(sample.tail_log_probs, tail, atol=1e-2)
+        # the answer and its end, and nothing else, is supervised
+        answer = tokens[torch.from_numpy(sample.loss_mask).bool()]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(tokens).startswith("Q: ")
+        assert sample.loss_mask.argmax() == sample.context_length
+
+
+def test_tensor_parallel_teacher_gives_the_same_rows(
+    cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    sharded = tmp_path / "cache"
+    arguments = dump_arguments(nemos["untied"], jsonl, sharded)
+    run_example(
+        "dump_teacher_topk.py", *arguments, "teacher.tensor_model_parallel_size=2", processes=2
+    )
+    for one, two in zip(TopKCache.open(cache), TopKCache.open(sharded), strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        # sums in another order round a float16 to its neighbour at most
+        np.testing.assert_allclose(one.topk_log_probs, two.topk_log_probs, rtol=2e-3, atol=1e-3)
+        assert (one.topk_ids == two.topk_ids).mean() > 0.99
+
+
+def test_data_parallel_teachers_write_the_same_bytes(
+    cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "cache"
+    run_example("dump_teacher_topk.py", *dump_arguments(nemos["untied"], jsonl, other), processes=2)
+    assert files_of(other) == files_of(cache)
+
+
+def test_killed_and_restarted_writes_the_same_bytes(
+    cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "cache"
+    arguments = dump_arguments(nemos["untied"], jsonl, other)
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "dump_teacher_topk.py"), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not (other / "shard-00000").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    output = run_example("dump_teacher_topk.py", *arguments)
+    assert files_of(other) == files_of(cache)
+    assert "the cache is whole" in output
+
+
+BAD = {
+    "no such file": (["data.file_names=[nowhere.jsonl]"], "found no nowhere.jsonl"),
+    "not JSON": (["data.file_names=[broken.jsonl]"], "broken.jsonl, line 2: not JSON"),
+    "a key is missing": (["data.file_names=[keyless.jsonl]"], "keyless.jsonl, line 2: expected"),
+    "k above the vocabulary": (["selection.k=402"], "at most the vocabulary's 401, got 402"),
+    "another cache": (["selection.k=4"], "selection.k: 8 against 4"),
+    "no teacher": (["teacher.restore_from_path=nowhere.nemo"], "found no nowhere.nemo"),
+    "a teacher that is no .nemo": (["teacher.restore_from_path=broken.jsonl"], "expected a .nemo"),
+    "no GPU": (["trainer.accelerator=gpu"], "torch sees no CUDA device"),
+    "misspelt key": (["selektion.k=4"], "selektion"),
+    "misspelt key with +": (["+data.max_seq_lenght=4"], "did you mean data.max_seq_length?"),
+    "wrong type": (["selection.k=many"], "selection.k: expected int, got 'many'"),
+    "heads that do not divide": (["teacher.tensor_model_parallel_size=3"], "got 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(
+    case: str,
+    cache: Path,
+    nemos: dict[str, Path],
+    jsonl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("keyless.jsonl"), [{"input": "a", "output": "b"}, {"input": "a"}])
+    Path("broken.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n{]\n")
+    before = files_of(cache)
+    overrides, message = BAD[case]
+    arguments = dump_arguments(nemos["untied"], jsonl, cache, *overrides)
+    output = run_example("dump_teacher_topk.py", *arguments, succeeds=False)
+    assert message in output
+    assert "Traceback" not in output
+    assert files_of(cache) == before, "what was written stays"
+
+
+def test_prompt_template_is_the_users(cache: Path) -> None:
+    assert TopKCache.open(cache).manifest.dataset["prompt_template"] == PROMPT

@@ -1,0 +1,290 @@
+"""Training through NeMo: the numbers are those of the formula, of NeMo's SFT, and of any layout."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from nemo_models import local_logits
+from runs import MAX_SEQ_LENGTH, run_example, scalars, train_arguments
+
+from nemo_kd.cache import CacheWriter, TopKCache
+
+CURVES = ("reduced_train_loss", "kd_loss", "sft_loss", "teacher_topk_mass", "student_topk_mass")
+VALIDATED = (
+    "kd_loss",
+    "sft_loss",
+    "teacher_topk_mass",
+    "student_topk_mass",
+    "teacher_entropy",
+    "top1_agreement",
+)
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, nemos: dict[str, Path], cache: Path
+) -> tuple[dict[str, list[float]], Path]:
+    """The curves of a run at TP=1, and its .nemo."""
+    directory = tmp_path_factory.mktemp("trained")
+    nemo = directory / "kd.nemo"
+    logs = directory / "logs"
+    run_example(
+        "train_kd_sft.py",
+        *train_arguments(nemos["tied"], cache, cache, logs, f"save_to={nemo}"),
+    )
+    return scalars(logs), nemo
+
+
+def test_it_learns_and_logs(trained: tuple[dict[str, list[float]], Path]) -> None:
+    curves, _ = trained
+    assert len(curves["reduced_train_loss"]) == 4
+    assert curves["validation_loss"][1] < curves["validation_loss"][0]
+    for name in VALIDATED:
+        assert name in curves
+        assert len(curves[f"validation_{name}_dataloader0"]) == 2
+    np.testing.assert_allclose(
+        curves["reduced_train_loss"],
+        np.add(curves["kd_loss"], np.multiply(0.4, curves["sft_loss"])),
+        rtol=1e-5,
+    )
+    for name in ("val_loss", "validation_loss", "validation_sft_loss_dataloader0"):
+        np.testing.assert_allclose(curves[name], curves["validation_loss_dataloader0"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [("model.tensor_model_parallel_size=2", 2), ("model.pipeline_model_parallel_size=2", 2)],
+    ids=["TP=2", "PP=2"],
+)
+def test_a_parallel_student_has_the_same_curves(
+    layout: str,
+    processes: int,
+    trained: tuple[dict[str, list[float]], Path],
+    nemos: dict[str, Path],
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = train_arguments(nemos["tied"], cache, cache, tmp_path / "logs", layout)
+    run_example("train_kd_sft.py", *arguments, processes=processes)
+    curves, _ = trained
+    sharded = scalars(tmp_path / "logs")
+    assert sharded.keys() == curves.keys()
+    for name in (*CURVES, *(f"validation_{name}_dataloader0" for name in VALIDATED)):
+        np.testing.assert_allclose(sharded[name], curves[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_validation_is_the_formula_on_hugging_faces_logits(
+    hf_llamas: dict[str, Path], nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """max_steps=0 validates; validation_drop_last=false weighs tokens alike."""
+    from transformers import AutoModelForCausalLM
+
+    run_example(
+        "train_kd_sft.py",
+        *train_arguments(nemos["tied"], cache, cache, tmp_path / "logs"),
+        "trainer.max_steps=0",
+        "model.data.validation_drop_last=false",
+        # divides the ten samples: NeMo fills the last batch up with the last sample
+        "model.data.validation_ds.global_batch_size=2",
+    )
+    logged = scalars(tmp_path / "logs")
+
+    student = AutoModelForCausalLM.from_pretrained(hf_llamas["tied"])
+    terms: dict[str, list[torch.Tensor]] = {"kd_loss": [], "sft_loss": [], "top1_agreement": []}
+    for sample in TopKCache.open(cache):
+        tokens = torch.from_numpy(sample.tokens).long()
+        predicted = sample.loss_mask.nonzero()[0]
+        with torch.no_grad():
+            logits = student(tokens[None]).logits[0, predicted - 1].double()
+        # NeMo's vocabulary is padded to 512, with weights of 0 and so logits of 0
+        logits = torch.cat([logits, torch.zeros(len(logits), 512 - 401)], dim=-1)
+        ids = torch.from_numpy(sample.topk_ids).long()
+        teacher = torch.from_numpy(sample.topk_log_probs).double().log_softmax(-1)
+        own = logits.gather(1, ids).log_softmax(-1)
+        terms["kd_loss"].append((teacher.exp() * (teacher - own)).sum(-1))
+        terms["sft_loss"].append(-logits.log_softmax(-1)[range(len(logits)), tokens[predicted]])
+        best = ids.gather(1, teacher.argmax(-1, keepdim=True))
+        terms["top1_agreement"].append((logits.argmax(-1, keepdim=True) == best).double()[:, 0])
+    for name, values in terms.items():
+        np.testing.assert_allclose(
+            logged[f"validation_{name}_dataloader0"][-1], torch.cat(values).mean(), rtol=1e-4
+        )
+    np.testing.assert_allclose(
+        logged["val_loss"][-1], torch.cat(terms["sft_loss"]).mean(), rtol=1e-4
+    )
+
+
+def plain_nemo_sft(
+    rank: int, world_size: int, student: Path, jsonl: Path, logs: Path, prompt: str
+) -> None:
+    """NeMo's own MegatronGPTSFTModel on the jsonl, with the settings of train_arguments."""
+    from hydra import compose, initialize_config_dir
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+    from nemo.utils.exp_manager import exp_manager
+    from omegaconf import open_dict
+    from runs import EXAMPLES
+
+    from nemo_kd import cpu_backend
+    from nemo_kd.launch import build_trainer, initialize_model_parallel, prepare_accelerator
+
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        config = compose("train_kd_sft", train_arguments(student, jsonl, jsonl, logs))
+    prepare_accelerator(config)
+    with open_dict(config):
+        config.model.data.train_ds.concat_sampling_probabilities = [1.0]
+        config.model.data.train_ds.update(
+            prompt_template=prompt, label_key="output", truncation_field="input"
+        )
+        del config.model.knowledge_distillation
+    merged = MegatronGPTSFTModel.merge_cfg_with(str(student), config)
+    cpu_backend.prepare_model_config(merged)
+    trainer = build_trainer(config)
+    exp_manager(trainer, config.exp_manager)
+    initialize_model_parallel(trainer, merged)
+    model = MegatronGPTSFTModel.restore_from(
+        str(student), override_config_path=merged, trainer=trainer
+    )
+    trainer.fit(model)
+
+
+def test_without_kd_it_is_nemos_sft(
+    nemos: dict[str, Path], cache: Path, jsonl: Path, tmp_path: Path
+) -> None:
+    from runs import PROMPT
+
+    run_distributed(plain_nemo_sft, 1, nemos["tied"], jsonl, tmp_path / "nemo", PROMPT, timeout=200)
+    # validation on the jsonl itself: SFT metrics alone
+    arguments = train_arguments(nemos["tied"], cache, jsonl, tmp_path / "own")
+    run_example(
+        "train_kd_sft.py",
+        *arguments,
+        "model.knowledge_distillation.kd_loss_weight=0",
+        "model.knowledge_distillation.sft_loss_weight=1",
+    )
+    nemo, own = scalars(tmp_path / "nemo"), scalars(tmp_path / "own")
+    for name in ("reduced_train_loss", "val_loss", "validation_loss"):
+        np.testing.assert_allclose(own[name], nemo[name], rtol=1e-5, err_msg=name)
+    validated = {
+        name for name in own if re.match("validation_.*(loss|mass|entropy|agreement)", name)
+    }
+    assert validated == {
+        "validation_loss",
+        "validation_loss_dataloader0",
+        "validation_sft_loss_dataloader0",
+    }
+    assert "kd_loss" in own, "the KD metrics of an SFT run are still logged in training"
+
+
+def test_the_saved_student_is_a_plain_nemo(
+    trained: tuple[dict[str, list[float]], Path],
+    nemos: dict[str, Path],
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    curves, nemo = trained
+    assert {path.name for path in nemo.parent.iterdir()} == {"kd.nemo", "logs"}
+    tokens = torch.randint(401, (2, 16), generator=torch.Generator().manual_seed(0))
+    # restored as MegatronGPTSFTModel, at a layout of its own
+    shards = run_distributed(local_logits, 2, [nemo, nemos["tied"]], tokens)
+    kd, before = (torch.cat([rank[index] for rank in shards], -1) for index in (0, 1))
+    assert kd.isfinite().all()
+    assert (kd - before).abs().max() > 1e-3
+    arguments = train_arguments(nemo, cache, cache, tmp_path / "logs", "trainer.max_steps=0")
+    run_example("train_kd_sft.py", *arguments)
+    again = scalars(tmp_path / "logs")
+    np.testing.assert_allclose(again["val_loss"][-1], curves["val_loss"][-1], rtol=1e-6)
+
+
+def test_samples_without_supervised_tokens_cost_nothing(
+    nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """NeMo's own loss is 0/0 for a micro batch of them."""
+    source = TopKCache.open(cache)
+    manifest = replace(source.manifest, teacher_fingerprint="without half of the answers")
+    writer = CacheWriter.open(tmp_path / "cache", manifest)
+    for shard in writer.missing_shards():
+        with writer.shard(shard) as sink:
+            for index in manifest.shard_samples(shard):
+                sample: Any = source[index]
+                if index % 2:
+                    sample = sample._replace(
+                        loss_mask=np.zeros_like(sample.loss_mask),
+                        topk_ids=sample.topk_ids[:0],
+                        topk_log_probs=sample.topk_log_probs[:0],
+                        tail_log_probs=sample.tail_log_probs[:0],
+                    )
+                sink.add(**sample._asdict())
+    half = tmp_path / "cache"
+    run_example(
+        "train_kd_sft.py",
+        *train_arguments(nemos["tied"], half, half, tmp_path / "logs"),
+        *(f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")),
+        "model.data.validation_drop_last=false",
+    )
+    curves = scalars(tmp_path / "logs")
+    for name, values in curves.items():
+        assert np.isfinite(values).all(), name
+    assert curves["validation_loss"][1] < curves["validation_loss"][0]
+
+
+BAD = {
+    "no such cache": (["model.data.train_ds.file_names=[nowhere]"], "found no nowhere"),
+    "a jsonl to train on": (
+        ["model.data.train_ds.file_names=[JSONL]"],
+        "expected cache directories",
+    ),
+    "not a cache": (["model.data.train_ds.file_names=[DIRECTORY]"], "expected a cache directory"),
+    "shorter sequences": (
+        ["model.data.train_ds.max_seq_length=16"],
+        f"data.max_seq_length={MAX_SEQ_LENGTH}, this run has max_seq_length=16",
+    ),
+    "temperature": (
+        [
+            "model.knowledge_distillation.tail=bucket",
+            "model.knowledge_distillation.temperature=2",
+        ],
+        "dump again at that temperature",
+    ),
+    "no such tail": (["model.knowledge_distillation.tail=ghost"], "ghost"),
+    "no such mode": (
+        ["model.knowledge_distillation.divergence=jsd", "model.knowledge_distillation.tail=drop"],
+        "jsd",
+    ),
+    "no student": (["model.restore_from_path=nowhere.nemo"], "found no nowhere.nemo"),
+    "no GPU": (["trainer.accelerator=gpu"], "torch sees no CUDA device"),
+    "misspelt key": (["model.optim.learning_rate=1"], "learning_rate"),
+    "misspelt key with +": (
+        ["+model.knowledge_distillation.weight=1"],
+        "model.knowledge_distillation.weight is a key that nothing reads",
+    ),
+    "misspelt model key with +": (["+model.tensor_parallel_size=2"], "a key that nothing reads"),
+    "answers from a cache": (["model.data.validation_ds.metric.name=rouge"], "metric.name=loss"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(
+    case: str,
+    nemos: dict[str, Path],
+    cache: Path,
+    jsonl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "directory").mkdir()
+    overrides, message = BAD[case]
+    overrides = [
+        o.replace("JSONL", str(jsonl)).replace("DIRECTORY", "directory") for o in overrides
+    ]
+    arguments = train_arguments(nemos["tied"], cache, cache, tmp_path / "logs", *overrides)
+    output = run_example("train_kd_sft.py", *arguments, succeeds=False)
+    assert message in output
+    assert "Traceback" not in output
