@@ -124,3 +124,38 @@ def test_console_script(cache_path):
     script = Path(sys.executable).parent / "nemo-kd"
     run = subprocess.run([script, "verify", cache_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_plot(cache_path, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["inspect", str(cache_path), "--plot", str(tmp_path / "k.png")]) == 0
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("codec", ["raw", "packed"])
+def test_inspect_ragged_rows(tmp_path, capsys, codec):
+    manifest = Manifest(
+        selection={"kind": "top_p", "k": 5, "p": 0.9, "temperature": 1.0},
+        vocab_size=50,
+        tokenizer_fingerprint="tokenizer",
+        teacher_fingerprint="teacher",
+        sources=(),
+        dataset={},
+        num_samples=1,
+        samples_per_shard=1,
+        codec=codec,
+    )
+    with CacheWriter.open(tmp_path, manifest).shard(0) as shard:
+        shard.add(
+            tokens=np.arange(3),
+            loss_mask=np.array([0, 1, 1]),
+            topk_ids=np.array([[7, 3], [9, -1]]),
+            topk_log_probs=np.log(np.array([[0.5, 0.25], [1.0, 1e-300]])),
+            tail_log_probs=np.log(np.array([0.25, 1e-300])),
+            context_length=1,
+        )
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["mean_kept_entries"] == 1.5
+    expected = {"1": 0.75, "2": 0.875, "5": 0.875}
+    assert summary["teacher_mass_kept"] == pytest.approx(expected, rel=1e-2)

@@ -1,0 +1,144 @@
+"""Rows that another engine computed, as vLLM and API servers give them, read out of jsonl.
+
+A line is one sample:
+
+    {"token_ids": [9, 4, 7], "loss_mask": [0, 0, 1], "logprobs": [null, null, ROW]}
+
+`logprobs` has a ROW for each token, of which only those of supervised tokens are read, or one for
+each supervised token alone. A row says which token it is for, in one of two forms:
+
+    {"7": {"logprob": -0.2}, "3": {"logprob": -1.9}}
+    {"token": "token_id:7", "top_logprobs": [{"token": "token_id:7", "logprob": -0.2}, ...]}
+
+The first is vLLM's prompt_logprobs, which hold the token among its entries; a number may stand for
+{"logprob": number}. The second is a chat completion's, from a server that returns tokens as ids.
+`context_length` may say how many tokens the prompt has; by default those before the first
+supervised one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_kd.cache.layout import Sample
+
+_TOKEN_ID = "token_id:"
+# Engines round log-probs, some to bfloat16: more than this above 1 is no distribution.
+_MOST_MASS = 1.02
+
+
+def read_samples(path: Path, k: int, vocab_size: int) -> Iterator[Sample]:
+    """The samples of a file, with the k most probable entries of every row.
+
+    The tail is what the k leave of 1: as exact as the engine's log-probs are.
+
+    Raises:
+        ValueError: a line that is not as above, a row for another token than `token_ids` has
+            there, an id outside the vocabulary, fewer than k entries; names the line.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield _sample(json.loads(line), k, vocab_size)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _sample(record: Any, k: int, vocab_size: int) -> Sample:
+    keys = ("token_ids", "loss_mask", "logprobs")
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), list) for key in keys):
+        raise ValueError(f"expected an object with the lists {', '.join(keys)}")
+    tokens, mask, rows = (record[key] for key in keys)
+    _check_ids("token_ids", tokens, vocab_size)
+    if len(mask) != len(tokens) or any(type(bit) is not int or bit not in (0, 1) for bit in mask):
+        raise ValueError(f"loss_mask: expected 0 or 1 for each of {len(tokens)} tokens")
+    positions = [position for position, bit in enumerate(mask) if bit]
+    if positions[:1] == [0]:
+        raise ValueError("loss_mask: expected 0 at the first token, which nothing predicts, got 1")
+    if len(rows) == len(tokens):
+        rows = [rows[position] for position in positions]
+    if len(rows) != len(positions):
+        raise ValueError(
+            f"logprobs: expected {len(tokens)} rows, one a token, or {len(positions)}, one a "
+            f"supervised token, got {len(rows)}"
+        )
+    ids = np.zeros((len(positions), k), np.int32)
+    log_probs = np.zeros((len(positions), k), np.float32)
+    tails = np.zeros(len(positions), np.float32)
+    for index, (position, row) in enumerate(zip(positions, rows, strict=True)):
+        try:
+            ids[index], log_probs[index], tails[index] = _row(row, tokens[position], k, vocab_size)
+        except ValueError as error:
+            raise ValueError(f"logprobs of token {position}: {error}") from error
+    context_length = record.get("context_length", positions[0] if positions else len(tokens))
+    if type(context_length) is not int or not 0 <= context_length <= len(tokens):
+        raise ValueError(f"context_length: expected 0 to {len(tokens)}, got {context_length!r}")
+    return Sample(
+        np.array(tokens, np.int32), np.array(mask, np.uint8), ids, log_probs, tails, context_length
+    )
+
+
+def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list[float], float]:
+    """ids and log-probs of the k most probable entries, and the tail's log-prob."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {row!r}")
+    entries: list[tuple[int, Any]]
+    if isinstance(row.get("top_logprobs"), list):
+        entries = [
+            (_token_id(entry.get("token")), entry.get("logprob"))
+            for entry in row["top_logprobs"]
+            if isinstance(entry, dict)
+        ]
+        named = [_token_id(row.get("token"))]
+    else:
+        entries = [
+            (_token_id(key), value.get("logprob") if isinstance(value, dict) else value)
+            for key, value in row.items()
+        ]
+        named = [number for number, _ in entries]
+    if token not in named:
+        raise ValueError(
+            f"expected the row of token id {token}, as token_ids has it, got one for "
+            f"{', '.join(map(str, named[:5]))}; was it made with another tokenizer, or is it of "
+            "the position before or after?"
+        )
+    ids = [number for number, _ in entries]
+    _check_ids("ids", ids, vocab_size)
+    if len(set(ids)) < len(ids) or len(ids) < k:
+        raise ValueError(f"expected at least {k} distinct ids, got {len(set(ids))}; lower --k")
+    for _, value in entries:
+        if type(value) not in (int, float) or not value <= 0.01:  # false for NaN as well
+            raise ValueError(f"expected log-probs, at most 0, got {value!r}")
+    entries.sort(key=lambda entry: (-entry[1], entry[0]))
+    mass = math.fsum(math.exp(value) for _, value in entries[:k])
+    if mass > _MOST_MASS:
+        raise ValueError(f"expected log-probs of one distribution, got a mass of {mass:.3f}")
+    tail = math.log1p(-mass) if mass < 1 else -math.inf
+    return [number for number, _ in entries[:k]], [value for _, value in entries[:k]], tail
+
+
+def _token_id(value: Any) -> int:
+    if type(value) is int:
+        return value
+    text = value.removeprefix(_TOKEN_ID) if isinstance(value, str) else ""
+    if not text.isdecimal():
+        raise ValueError(
+            f"expected a token id such as 7 or {_TOKEN_ID}7, got {value!r}; have the server return "
+            "tokens as token ids"
+        )
+    return int(text)
+
+
+def _check_ids(name: str, ids: list[Any], vocab_size: int) -> None:
+    for number in ids:
+        if type(number) is not int or not 0 <= number < vocab_size:
+            raise ValueError(
+                f"{name}: expected ids from 0 to {vocab_size - 1} (vocabulary of {vocab_size}), "
+                f"got {number!r}"
+            )
