@@ -1,10 +1,13 @@
 """Codec packed: ids exact, log-probs that the loss cannot tell from float32, few bytes."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from test_cache import contents, make_manifest, write
 
 from nemo_kd.cache import Manifest, Sample, TopKCache
@@ -50,6 +53,14 @@ def random_rows(rng, manifest: Manifest, num_rows: int):
     return ids, log_probs, tails
 
 
+def write_one_sample(path, manifest, num_rows, seed=0):
+    rows = random_rows(np.random.default_rng(seed), manifest, num_rows)
+    tokens = np.zeros(num_rows + 1, np.int64)
+    sample = Sample(tokens, np.arange(num_rows + 1) > 0, *rows, 1)
+    write(path, manifest, [sample])
+    return sample
+
+
 def by_id(ids, log_probs):
     """Pads last, entries by ascending id."""
     order = np.argsort(np.where(ids < 0, 2**31, ids), axis=1)
@@ -62,10 +73,8 @@ def by_id(ids, log_probs):
 @pytest.mark.parametrize("num_rows", [0, 1, 30])
 def test_rows_round_trip_through_a_cache(tmp_path, codec, kind, vocab_size, num_rows):
     manifest = manifest_of(kind, codec, vocab_size)
-    ids, log_probs, tails = random_rows(np.random.default_rng(num_rows), manifest, num_rows)
-    tokens = np.zeros(num_rows + 1, np.int64)
-    sample = Sample(tokens, np.arange(num_rows + 1) > 0, ids, log_probs, tails, 1)
-    write(tmp_path, manifest, [sample])
+    sample = write_one_sample(tmp_path, manifest, num_rows, seed=num_rows)
+    ids, log_probs, tails = sample.topk_ids, sample.topk_log_probs, sample.tail_log_probs
     cache = TopKCache.open(tmp_path)
     assert list(cache.verify()) == []
     read = cache[0]
@@ -107,6 +116,51 @@ def test_log_probs_come_back_near(values, ragged):
     if others.size:
         span = expected[order[15]] - expected.min()
         assert (error[others] <= span / 28 + 2 * fine.max()).all()
+
+
+@pytest.mark.parametrize("num_rows", [0, 3])
+@pytest.mark.parametrize("kind", SELECTIONS)
+def test_megatron_opens_every_pair(tmp_path, kind, num_rows):
+    write_one_sample(tmp_path, manifest_of(kind, "packed", 50), num_rows)
+    names = {path.stem for path in (tmp_path / "shard-00000").glob("*.bin")}
+    lengths = {"row_lengths"} if kind != "top_k" else set()
+    assert names == {"tokens", "loss_mask", "context_length", "packed_rows"} | lengths
+    for name in names:
+        pair = IndexedDataset(str(tmp_path / "shard-00000" / name))
+        stored = (tmp_path / "shard-00000" / f"{name}.bin").read_bytes()
+        assert len(pair) == 1
+        assert pair[0].tobytes() == (stored if pair[0].size else b"")
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_every_damaged_file_is_named(tmp_path, data):
+    """Flip a bit or cut the end, in any file of a packed, ragged cache."""
+    if not (tmp_path / "manifest.json").exists():
+        write_one_sample(tmp_path, manifest_of("top_p", "packed", 50), 5)
+    files = contents(tmp_path)
+    name = data.draw(st.sampled_from(sorted(files)))
+    damaged = bytearray(files[name])
+    position = data.draw(st.integers(0, len(damaged) - 1))
+    if data.draw(st.booleans(), label="cut"):
+        del damaged[position:]
+    else:
+        damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / name).write_bytes(damaged)
+    try:
+        try:
+            faults = list(TopKCache(tmp_path).verify())
+        except ValueError as error:  # the manifest itself
+            faults = [str(error)]
+        assert [name in fault for fault in faults] == [True]
+        with contextlib.suppress(ValueError):
+            assert len(TopKCache.open(tmp_path)[0].tokens) == 6
+    finally:
+        (tmp_path / name).write_bytes(files[name])
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 131_073])

@@ -7,13 +7,16 @@
         tokens.{bin,idx}          int32   [T]    the sample's ids
         loss_mask.{bin,idx}       uint8   [T]    1 where the token is to be predicted, never at t=0
         context_length.{bin,idx}  int32   [1]    tokens of the prompt
-        topk_ids.{bin,idx}        uint16  [P*K]  int32 for a vocabulary above 65,536
-        topk_log_probs.{bin,idx}  uint16  [P*K]  float16 bits
-        tail_log_probs.{bin,idx}  uint16  [P]    float16 bits
+        row_lengths.{bin,idx}     uint8+  [P]    entries of each row, if rows are ragged
+        topk_ids.{bin,idx}        uint16  [E]    codec raw; int32 for a vocabulary above 65,536
+        topk_log_probs.{bin,idx}  uint16  [E]    codec raw: float16 bits
+        tail_log_probs.{bin,idx}  uint16  [P]    codec raw: float16 bits
+        packed_rows.{bin,idx}     uint8   [...]  codec packed, in place of these three
 
 All numbers are little-endian. P is the number of ones in loss_mask: row j belongs to the j-th of
-them, at position t, and holds the teacher's distribution at t - 1. A row's K entries lie side by
-side, row after row; K is the manifest's selection.k. The last three pairs are codec raw.
+them, at position t, and holds the teacher's distribution at t - 1. A row's entries lie side by
+side, row after row, E in all: the manifest's selection.k a row, or row_lengths (uint8, uint16 or
+int32, the smallest that holds the longest). docs/format.md has the bytes of packed_rows.
 
 A pair is a Megatron IndexedDataset with one sequence, one document, a sample:
 
@@ -27,8 +30,8 @@ log-prob below -65504 is stored as -65504; -inf stays -inf.
 
 Sealed JSON has sorted keys, two spaces of indent, a newline at the end, and a key `xxh3_128`: the
 hash of the same text without that key. shard.json also carries the hash of its manifest.
-No file holds a time, a host or a rank. A name that starts with .tmp is a shard being written, or
-what a killed writer left behind.
+No file of a finished cache holds a time, a host or a rank. A name that starts with .tmp is a shard
+being written, a claim on one, or what a killed writer left behind.
 """
 
 from nemo_kd.cache.layout import Sample
