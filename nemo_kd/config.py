@@ -81,13 +81,15 @@ class CacheConfig:
     """
 
     path: str = ""
-    codec: str = "raw"
+    codec: str = "packed"
     samples_per_shard: int = 1024
     shards: str | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("expected path=DIRECTORY, got none")
+        if self.codec not in ("raw", "packed"):
+            raise ValueError(f"expected codec packed or raw, got {self.codec!r}")
         if self.samples_per_shard < 1:
             raise ValueError(f"expected samples_per_shard >= 1, got {self.samples_per_shard}")
 

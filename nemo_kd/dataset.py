@@ -140,6 +140,11 @@ class GPTSFTKDDataset(GPTSFTDataset):  # type: ignore[misc]  # NeMo is untyped
             )
         dumped_at = manifest.selection["temperature"]
         config = self.kd_config
+        if manifest.selection["kind"] == "sample" and config.tail != "drop":
+            raise ValueError(
+                f"{path} holds sampled rows (selection.kind=sample), whose entries stand for the "
+                f"whole distribution: expected knowledge_distillation.tail=drop, got {config.tail}"
+            )
         if config.tail != "renormalize" and config.temperature != dumped_at:
             raise ValueError(
                 f"{path} was dumped with selection.temperature={dumped_at}; "

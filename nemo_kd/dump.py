@@ -1,18 +1,20 @@
 """The teacher run: SFT jsonl -> NeMo's dataset -> forward through Megatron -> rows -> cache.
 
-The shards that are missing are divided among the data-parallel replicas of the teacher. Within a
-shard, samples go through in windows; a window's samples are sorted by length, so that the micro
-batches waste little on padding, and written in their own order. So every micro batch depends on
-the shard and the manifest alone.
+Each data-parallel replica of the teacher, of this job and of any other on the same cache, claims a
+missing shard, fills it and claims the next. Within a shard, samples go through in windows; a
+window's samples are sorted by length, so that the micro batches waste little on padding, and
+written in their own order. So every micro batch depends on the shard and the manifest alone.
 """
 
 import json
 import os
 import re
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +50,8 @@ from nemo_kd.selection import SelectionConfig, TeacherRows, select_teacher_rows
 # Micro batches that are sorted by length together; their rows wait in the host's memory.
 _MICRO_BATCHES_PER_WINDOW = 16
 _TOKENS_PER_SELECTION = 256
+# How long replicas wait for each other's shards.
+_PATIENCE = timedelta(days=7)
 # Settings of `data` that say where and how to read, not what the tokens are.
 _NOT_IN_MANIFEST = (
     "file_names",
@@ -97,7 +101,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
         override_config_path=teacher_config,
         trainer=trainer,
     )
-    if selection.k > model.tokenizer.vocab_size:
+    if selection.kind != "sample" and selection.k > model.tokenizer.vocab_size:
         raise ValueError(
             f"expected selection.k of at most the vocabulary's {model.tokenizer.vocab_size}, got "
             f"{selection.k}; lower selection.k"
@@ -117,9 +121,10 @@ def dump_teacher_topk(config: DictConfig) -> None:
         samples_per_shard=cache.samples_per_shard,
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
-    missing = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest).missing_shards(shards))
-    teacher = _Teacher(model, selection)
-    _fill(CacheWriter.open(cache.path, manifest), missing, teacher, samples, data)
+    _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest).path)
+    signal.signal(signal.SIGTERM, _stop)
+    writer = CacheWriter.open(cache.path, manifest)
+    _fill(writer, shards, _Teacher(model, selection), samples, data)
 
 
 def parse_shards(text: str | None, num_shards: int) -> list[int]:
@@ -154,8 +159,11 @@ class _Teacher:
         self._vocab_size = model.tokenizer.vocab_size
         self._device = next(self._module.parameters()).device
         self._rows: TeacherRows | None = None
-        self._loss_mask: Tensor = torch.empty(0)
+        self._batch: dict[str, Tensor] = {}
         self._module.eval()
+        # Micro batches have their own lengths, and pipeline stages must tell each other. Set here:
+        # a config that says so is refused for a mixture-of-experts key that a dense model ignores.
+        self._module.config.variable_seq_lengths = True
         # The one place where Megatron has the bare logits; without labels it would copy them.
         self._module.compute_language_model_loss = self._select
 
@@ -178,28 +186,33 @@ class _Teacher:
         return collected
 
     def _forward_step(self, batches: Iterator[dict[str, Any]], model: Any) -> Any:
+        names = ("tokens", "position_ids", "labels", "loss_mask", "sample_numbers")
         batch = next(batches)
-        tokens, position_ids, labels, self._loss_mask = (
-            batch[name].to(self._device, non_blocking=True)
-            for name in ("tokens", "position_ids", "labels", "loss_mask")
-        )
+        self._batch = {name: batch[name].to(self._device, non_blocking=True) for name in names}
         output = model(
-            input_ids=tokens, position_ids=position_ids, attention_mask=None, labels=labels
+            input_ids=self._batch["tokens"],
+            position_ids=self._batch["position_ids"],
+            attention_mask=None,
+            labels=self._batch["labels"],
         )
         return output, lambda _, non_loss_data: self._rows
 
     def _select(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Take the rows out of logits [S, B, Vp]; the loss [B, S] that Megatron asks for is 0."""
-        batch, position = self._loss_mask.nonzero(as_tuple=True)
+        item, position = self._batch["loss_mask"].nonzero(as_tuple=True)
+        index = position * logits.shape[1] + item
+        # What a row's draws are seeded with: no layout, order or restart changes it.
+        keys = self._batch["sample_numbers"][item] << 32 | position
         flat = logits.flatten(0, 1)
         parts = [
             select_teacher_rows(
-                flat[index],
+                flat[index[chunk]],
                 self._selection,
                 self._vocab_size,
                 parallel_state.get_tensor_model_parallel_group(),
+                keys[chunk],
             )
-            for index in (position * logits.shape[1] + batch).split(_TOKENS_PER_SELECTION)
+            for chunk in torch.arange(len(index), device=index.device).split(_TOKENS_PER_SELECTION)
         ]
         self._rows = TeacherRows(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
         return torch.zeros(labels.shape, device=labels.device)
@@ -207,64 +220,111 @@ class _Teacher:
 
 def _fill(
     writer: CacheWriter,
-    missing: list[int],
+    shards: list[int],
     teacher: _Teacher,
     samples: ConcatDataset[Any],
     data: DataConfig,
 ) -> None:
+    replica = _Replica()
     rank = parallel_state.get_data_parallel_rank()
-    mine = missing[rank :: parallel_state.get_data_parallel_world_size()]
-    writes = (
-        parallel_state.is_pipeline_last_stage()
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
-    # One bar: of the replica that writes first, since replicas have the same share.
-    bar = tqdm(
-        desc=f"{writer.path.name}: {len(missing)} of {writer.manifest.num_shards} shards",
-        total=sum(len(writer.manifest.shard_samples(shard)) for shard in mine),
+    missing = writer.missing_shards(shards)
+    with tqdm(
+        desc=f"{writer.path.name}: {len(missing)} of {writer.manifest.num_shards} shards missing",
+        total=sum(len(writer.manifest.shard_samples(shard)) for shard in missing),
         unit="sample",
-        disable=not (writes and rank == 0),
+        disable=not (replica.leads and rank == 0 and missing),
         mininterval=1,
-    )
-    num_tokens, start = 0, time.monotonic()
-    with bar:
-        for shard in mine:
-            with writer.shard(shard) if writes else nullcontext() as sink:
-                for items in _windows(samples, writer.manifest.shard_samples(shard), data):
-                    tokens = _fill_window(sink, items, teacher, samples.datasets[0], data)
-                    num_tokens += tokens
-                    bar.set_postfix_str(
-                        f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s", refresh=False
-                    )
-                    bar.update(len(items))
-    # Replicas end at different times; a time-out to match keeps the job together.
-    everyone = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-    torch.distributed.barrier(everyone)
+    ) as bar:
+        num_tokens, start = 0, time.monotonic()
+        for shard in replica.claim_shards(writer, shards):
+            num_tokens += _fill_shard(writer, shard, teacher, samples, data, replica.leads)
+            # The bar is one replica's, and counts what the others have published meanwhile.
+            done = len(missing) - len(writer.missing_shards(missing))
+            bar.set_postfix_str(
+                f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s a replica", refresh=False
+            )
+            bar.update(min(bar.total, done * writer.manifest.samples_per_shard) - bar.n)
+    replica.wait_for_all()
     if torch.distributed.get_rank() == 0:
-        whole = not writer.missing_shards()
-        print(
-            f"{writer.path}: wrote {len(missing)} of {writer.manifest.num_shards} shards; "
-            + ("the cache is whole" if whole else "the others are still missing")
+        missing = writer.missing_shards()
+        state = f"{len(missing)} of {writer.manifest.num_shards} shards are still missing"
+        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
+
+
+class _Replica:
+    """This process's replica of the teacher: its ranks go through the same shards in step.
+
+    The leader, the one rank of the last pipeline stage that writes, claims for all of them. They
+    talk over gloo, with a time-out of their own: NCCL's is shorter than the wait for a shard that
+    another job holds.
+    """
+
+    def __init__(self) -> None:
+        ranks = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        self.leads = (
+            parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_tensor_model_parallel_rank() == 0
         )
+        told: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, (ranks, self.leads))
+        self._leader = next(rank for rank in ranks if told[rank][1])
+        for replica in sorted({tuple(other) for other, _ in told}):
+            # every rank takes part in the making of every group
+            group = torch.distributed.new_group(replica, timeout=_PATIENCE, backend="gloo")
+            if list(replica) == ranks:
+                self._group = group
+        self._all = torch.distributed.new_group(timeout=_PATIENCE, backend="gloo")
+
+    def claim_shards(self, writer: CacheWriter, shards: list[int]) -> Iterator[int]:
+        """The shards that this replica is to fill; ends when all of `shards` are there."""
+        with closing(writer.claim_shards(shards, wait=True)) as claims:
+            while True:
+                shard = [next(claims, None) if self.leads else None]
+                torch.distributed.broadcast_object_list(shard, self._leader, self._group)
+                if shard[0] is None:
+                    return
+                yield shard[0]
+
+    def wait_for_all(self) -> None:
+        torch.distributed.barrier(self._all)
+
+
+def _fill_shard(
+    writer: CacheWriter,
+    shard: int,
+    teacher: _Teacher,
+    samples: ConcatDataset[Any],
+    data: DataConfig,
+    writes: bool,
+) -> int:
+    """Fill one shard, on the leader also its files; return its tokens."""
+    num_tokens = 0
+    indices = writer.manifest.shard_samples(shard)
+    with writer.shard(shard) if writes else nullcontext() as sink:
+        for first, items in _windows(samples, indices, data):
+            num_tokens += _fill_window(sink, first, items, teacher, samples.datasets[0], data)
+    return num_tokens
 
 
 def _windows(
     samples: ConcatDataset[Any], indices: range, data: DataConfig
-) -> Iterator[list[dict[str, Any]]]:
-    """A shard's samples, tokenised, window by window."""
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """A shard's samples, tokenised, window by window: the number of the first, and all of them."""
     size = data.micro_batch_size * _MICRO_BATCHES_PER_WINDOW
-    return iter(
-        DataLoader(
-            samples,
-            batch_sampler=[indices[start : start + size] for start in range(0, len(indices), size)],
-            num_workers=data.num_workers,
-            collate_fn=list,
-        )
+    windows = [indices[start : start + size] for start in range(0, len(indices), size)]
+    loader = DataLoader(
+        samples, batch_sampler=windows, num_workers=data.num_workers, collate_fn=list
     )
+    return ((window[0], items) for window, items in zip(windows, loader, strict=True))
 
 
 def _fill_window(
-    sink: Any, items: list[dict[str, Any]], teacher: _Teacher, dataset: Any, data: DataConfig
+    sink: Any,
+    first: int,
+    items: list[dict[str, Any]],
+    teacher: _Teacher,
+    dataset: Any,
+    data: DataConfig,
 ) -> int:
     """Add a window's samples and their rows to `sink`, if there is one; return its tokens."""
     longest_first = sorted(range(len(items)), key=lambda index: -len(items[index]["input_ids"]))
@@ -272,7 +332,11 @@ def _fill_window(
         longest_first[start : start + data.micro_batch_size]
         for start in range(0, len(items), data.micro_batch_size)
     ]
-    batches = [dataset.collate_fn([items[i] for i in indices]) for indices in micro_batches]
+    batches = [
+        dataset.collate_fn([items[i] for i in indices])
+        | {"sample_numbers": first + torch.tensor(indices)}
+        for indices in micro_batches
+    ]
     rows_of: dict[int, TeacherRows] = {}
     for indices, batch, rows in zip(micro_batches, batches, teacher.rows(batches), strict=False):
         counts = batch["loss_mask"].sum(1).tolist()
@@ -332,8 +396,6 @@ def _read_teacher_config(config: DictConfig, data: DataConfig) -> DictConfig:
         model_config.sep_id = data.sep_id
         model_config.data = {"chat": data.chat, "chat_prompt_tokens": data.chat_prompt_tokens}
         model_config.optim = {"name": "adamw", "lr": 0.0}  # NeMo asks for its name
-        # micro batches have their own lengths, and pipeline stages must tell each other
-        model_config.variable_seq_lengths = teacher.pipeline_model_parallel_size > 1
         for key in ("granularity", "method", "num_layers", "layers_per_pipeline"):
             model_config[f"activations_checkpoint_{key}"] = None
     if config.trainer.accelerator == "cpu":
@@ -351,7 +413,10 @@ _TEACHER_KEYS = (
 
 def _selection_settings(selection: SelectionConfig) -> dict[str, Any]:
     """The fields that shape the rows of this kind."""
-    return {"kind": selection.kind, "k": selection.k, "temperature": selection.temperature}
+    names = {"top_k": ("k",), "top_p": ("k", "p"), "sample": ("num_draws", "seed")}
+    return {
+        name: getattr(selection, name) for name in ("kind", "temperature", *names[selection.kind])
+    }
 
 
 def _check_source(path: str, data: DataConfig) -> SourceFile:
@@ -416,3 +481,8 @@ def _on_rank_zero(function: Any) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _stop(*_: Any) -> None:
+    """On SIGTERM, with which Slurm preempts: unwinding removes the open shard and its claim."""
+    sys.exit("stopped by SIGTERM; the finished shards stay, and the same command goes on from them")

@@ -44,6 +44,7 @@ def dump_arguments(teacher: Path, data: Path, cache: Path, *more: str) -> list[s
         "data.micro_batch_size=2",
         "data.num_workers=0",
         "selection.k=8",
+        "cache.codec=raw",
         "cache.samples_per_shard=4",
         f"cache.path={cache}",
         *more,

@@ -76,27 +76,89 @@ def test_data_parallel_teachers_write_the_same_bytes(
     assert files_of(other) == files_of(cache)
 
 
-def test_killed_and_restarted_writes_the_same_bytes(
+def start_dump(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "dump_teacher_topk.py"), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_interrupted_and_restarted_writes_the_same_bytes(
+    name: str, cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "cache"
+    arguments = dump_arguments(nemos["untied"], jsonl, other)
+    process = start_dump(arguments)
+    deadline = time.monotonic() + 200
+    while not (other / "shard-00000").exists():
+        assert process.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.Signals[name])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if name == "SIGTERM":
+        assert "stopped by SIGTERM" in output
+        assert not list(other.glob(".tmp*")), "it takes its claim and its open shard away"
+    output = run_example("dump_teacher_topk.py", *arguments)
+    assert files_of(other) == files_of(cache)
+    assert "the cache is whole" in output
+
+
+def test_two_jobs_fill_one_cache(
     cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "cache"
     arguments = dump_arguments(nemos["untied"], jsonl, other)
-    process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "dump_teacher_topk.py"), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not (other / "shard-00000").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    output = run_example("dump_teacher_topk.py", *arguments)
+    jobs = [start_dump([*arguments, *more]) for more in ([], ["cache.shards=1-2"])]
+    for job in jobs:
+        output, _ = job.communicate(timeout=200)
+        assert job.returncode == 0, output
     assert files_of(other) == files_of(cache)
-    assert "the cache is whole" in output
+
+
+@pytest.mark.parametrize(
+    ("selection", "processes"),
+    [
+        (["selection.kind=top_p", "selection.p=0.9", "selection.k=40"], 1),
+        (["selection.kind=sample", "selection.num_draws=12"], 1),
+        (["selection.kind=sample", "selection.num_draws=12"], 2),
+    ],
+    ids=["top_p", "sample", "sample, pipeline parallel"],
+)
+def test_other_selections(
+    selection: list[str],
+    processes: int,
+    cache: Path,
+    nemos: dict[str, Path],
+    jsonl: Path,
+    tmp_path: Path,
+) -> None:
+    if processes == 2:
+        # its three layers do not divide; the student's two do
+        selection = [*selection, "teacher.pipeline_model_parallel_size=2"]
+    path = tmp_path / "cache"
+    arguments = dump_arguments(
+        nemos["tied" if processes == 2 else "untied"], jsonl, path, "cache.codec=packed", *selection
+    )
+    run_example("dump_teacher_topk.py", *arguments, processes=processes)
+    lengths = set()
+    for sample, full in zip(TopKCache.open(path), TopKCache.open(cache), strict=True):
+        np.testing.assert_array_equal(sample.tokens, full.tokens)
+        lengths |= set((sample.topk_ids >= 0).sum(1))
+        kept = np.exp(sample.topk_log_probs).sum(1)
+        if "selection.kind=sample" in selection:
+            np.testing.assert_allclose(kept, 1, rtol=1e-5)
+            assert (sample.tail_log_probs == -np.inf).all()
+        else:
+            full_rows = (sample.topk_ids >= 0).sum(1) == 40
+            # of the packed values, which are quantised
+            assert (kept[~full_rows] > 0.87).all()
+    assert len(lengths) > 5, "rows differ in length"
 
 
 BAD = {
