@@ -41,7 +41,7 @@ def main() -> None:
     sizes = {
         "train_samples": 64 if small else None,
         "heldout_questions": 8 if small else 64,
-        "steps": 12 if small else 72,
+        "steps": 12 if small else 64,
         "validations": 1 if small else 4,
     }
     start_over_if_other(sizes)

@@ -22,7 +22,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return xxhash.xxh3_128_hexdigest(content.encode())
 
 
-class GPTSFTKDDataset(GPTSFTDataset):  # type: ignore[misc]  # NeMo is untyped
+class GPTSFTKDDataset(GPTSFTDataset):
     """NeMo's SFT dataset over a cache directory instead of a jsonl file.
 
     A batch has NeMo's keys with NeMo's values, and with K the longest row of its samples:

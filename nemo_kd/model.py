@@ -33,7 +33,7 @@ KD_TERMS = (
 )
 
 
-class MegatronGPTSFTKDModel(MegatronGPTSFTModel):  # type: ignore[misc]  # NeMo is untyped
+class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     """MegatronGPTSFTModel trained on `kd_loss_weight * KD + sft_loss_weight * CE`.
 
     A cache directory may stand wherever NeMo takes a jsonl: `data.train_ds.file_names` and

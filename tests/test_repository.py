@@ -51,7 +51,7 @@ def test_yaml_composes(name: str) -> None:
     ],
 )
 def test_yaml_has_every_setting_with_its_default(file: str, section: str, settings: type) -> None:
-    """What the YAML leaves to the user is ???, what it sets otherwise than the code is named here."""
+    """??? is left to the user; what the YAML sets otherwise than the code is named here."""
     other_defaults = {"num_workers": 2}
     shown = OmegaConf.select(OmegaConf.load(ROOT / f"examples/conf/{file}.yaml"), section)
     assert set(shown) == {field.name for field in fields(settings)}
