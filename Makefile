@@ -30,7 +30,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(SMALL),--small)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu_backend
-from nemo_kd.config import read_settings, refuse_unknown_keys
+from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.launch import (
     build_trainer,
     initialize_model_parallel,
@@ -24,7 +24,6 @@ from nemo_kd.launch import (
     save_nemo,
     user_errors,
 )
-from nemo_kd.loss import KDLossConfig
 
 CONFIG_FILE = Path(__file__).parent / "conf" / "train_kd_sft.yaml"
 
@@ -37,7 +36,7 @@ def check_settings(config: DictConfig, model_keys: set[str]) -> None:
     known = OmegaConf.load(CONFIG_FILE)
     refuse_unknown_keys(config, known, "config")
     objective = config.model.get("knowledge_distillation", {})
-    read_settings(KDLossConfig, objective, "model.knowledge_distillation")
+    read_settings(DistillationConfig, objective, "model.knowledge_distillation")
     refuse_unknown_keys(config.model, set(known.model) | model_keys, "model")
     refuse_unknown_keys(config.model.data, known.model.data, "model.data")
     for name in ("train_ds", "validation_ds"):

@@ -244,19 +244,22 @@ def concatenate(parts: list[Any]) -> Any:
 
 def fused_pass(
     read: Callable[[], Iterator[Tensor]],
-    write: Callable[[], Iterator[tuple[Tensor, ...]]] | None,
+    write: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None,
     columns: Columns,
     targets: Targets,
     config: KDLossConfig,
     group: ProcessGroup | None,
+    *,
     token_weights: Tensor | None = None,
+    keeps: bool = False,
 ) -> tuple[Tensor, Student]:
     """D `[N]` and the student's statistics; dloss/dz of every chunk if `write` is there.
 
     `read` walks the chunks of logits; `write` walks them with the memory, maybe their own, that has
     dloss/dz, times `token_weights`, when the walk goes on. A whole vocabulary is walked once. A
     sharded one is walked twice: the rows' normalisers need every shard, and one collective for all
-    chunks beats one for each.
+    chunks beats one for each. `keeps` says that the memory of `write` is of the computing type and
+    still holds at the second walk what the first put there: the exponentials, at T = 1.
     """
     dtype = targets.probs.dtype
     scratch: dict[str, Tensor] = {}  # allocated when first needed: forming in place needs none
@@ -270,19 +273,23 @@ def fused_pass(
         work = out if out is not None and out.dtype == dtype else memory("work", z)
         return work, work if config.temperature == 1 else memory("work_t", z)
 
+    def walk(writes: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return write() if writes and write else ((z, None) for z in read())
+
+    keeps = keeps and config.temperature == 1
     local: Local | None = None
     if group is not None:
         parts, begin = [], 0
-        for z in read():
+        for z, out in walk(keeps):
             rows = slice(begin, begin := begin + len(z))
-            parts.append(measure(z, take(columns, rows), config, *working_memory(z, None)))
+            parts.append(measure(z, take(columns, rows), config, *working_memory(z, out)))
         local = concatenate(parts)
         whole = combine(local, config, group)
         if write is None:
             return divergence(whole, targets, config)[0], whole
 
     values, students, begin = [], [], 0
-    for z, out in write() if write else ((z, None) for z in read()):
+    for z, out in walk(True):
         rows = slice(begin, begin := begin + len(z))
         chunk_columns, chunk_targets = take(columns, rows), take(targets, rows)
         work, work_t = working_memory(z, out)
@@ -290,7 +297,8 @@ def fused_pass(
             student = combine(measure(z, chunk_columns, config, work, work_t), config, None)
         else:
             student = take(whole, rows)
-            exponentials(z, chunk_columns, config, work, work_t, local.peak[rows])
+            if not keeps:
+                exponentials(z, chunk_columns, config, work, work_t, local.peak[rows])
         value, class_gradient = divergence(student, chunk_targets, config)
         if out is not None:
             weights = None if token_weights is None else token_weights[rows]

@@ -94,7 +94,26 @@ class CacheConfig:
             raise ValueError(f"expected samples_per_shard >= 1, got {self.samples_per_shard}")
 
 
-Settings = TypeVar("Settings", KDLossConfig, SelectionConfig, DataConfig, CacheConfig)
+@dataclass(frozen=True)
+class DistillationConfig(KDLossConfig):
+    """The student's `model.knowledge_distillation`: the objective, and how it is computed.
+
+    Raises:
+        ValueError: as KDLossConfig; or logits_gather=full with the output layer fused in.
+    """
+
+    fuse_output_layer: bool = False  # never hold the logits: less memory, some more time
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fuse_output_layer and self.logits_gather == "full":
+            raise ValueError(
+                "expected logits_gather=topk with fuse_output_layer=true, which never holds the "
+                "logits, got full; set one of the two otherwise"
+            )
+
+
+Settings = TypeVar("Settings", DistillationConfig, SelectionConfig, DataConfig, CacheConfig)
 
 
 def read_settings(

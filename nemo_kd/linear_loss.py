@@ -166,7 +166,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             for _, logits in blocks():
                 yield from chunks(logits)
 
-        def write() -> Iterator[tuple[Tensor, ...]]:
+        def write() -> Iterator[tuple[Tensor, Tensor]]:
             for part, logits in blocks():
                 for chunk in chunks(logits):
                     yield chunk, chunk
@@ -182,7 +182,13 @@ class _FusedLinearLoss(torch.autograd.Function):
 
         forms_gradient = hidden_grad is not None or weight_grad is not None
         value, student = fused_pass(
-            read, write if forms_gradient else None, columns, targets, config, group, token_weights
+            read,
+            write if forms_gradient else None,
+            columns,
+            targets,
+            config,
+            group,
+            token_weights=token_weights,
         )
         if hidden_grad is not None:
             reduce = reduce_scatter_sum if sequence_parallel else all_reduce_sum

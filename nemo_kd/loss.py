@@ -164,6 +164,7 @@ class _FusedLoss(torch.autograd.Function):
             targets,
             config,
             group,
+            keeps=gradients is not None and gradients.dtype == targets.probs.dtype,
         )
         kd_loss = value * config.temperature**2
         sft_loss = student.log_sum - student.logits[:, -1]

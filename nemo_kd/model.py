@@ -17,9 +17,9 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nemo_kd.config import read_settings
+from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.dataset import GPTSFTKDDataset
-from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
+from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SFT_TERMS = ("sft_loss",)
@@ -37,57 +37,97 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     """MegatronGPTSFTModel trained on `kd_loss_weight * KD + sft_loss_weight * CE`.
 
     A cache directory may stand wherever NeMo takes a jsonl: `data.train_ds.file_names` and
-    `data.validation_ds.file_names`. `knowledge_distillation` in the config holds KDLossConfig's
-    fields. Logged beside what NeMo logs: kd_loss, sft_loss and the loss's metrics in training, and
-    in validation `validation_<name>_<set>`; val_loss and validation_loss stay the cross entropy.
+    `data.validation_ds.file_names`. `knowledge_distillation` in the config holds
+    DistillationConfig's fields. Logged beside what NeMo logs: kd_loss, sft_loss and the loss's
+    metrics in training, and in validation `validation_<name>_<set>`; val_loss and validation_loss
+    stay the cross entropy.
 
     The checkpoints are those of MegatronGPTSFTModel, which restores them.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
         self.kd_config = read_settings(
-            KDLossConfig, cfg.get("knowledge_distillation", {}), "model.knowledge_distillation"
+            DistillationConfig,
+            cfg.get("knowledge_distillation", {}),
+            "model.knowledge_distillation",
         )
         super().__init__(cfg, trainer=trainer)
         self._validating = False
         self._teacher_rows: dict[str, Tensor] = {}  # of the micro batch in the forward pass
+        self._loss_mask = self._num_tokens = torch.empty(0)  # its mask [B, S] and the ones in it
         self._token_terms: dict[str, Tensor] = {}  # its terms, [B, S] each
         self._terms = _MeanTerms()  # of the global batch
         self._validation_terms: defaultdict[int, _MeanTerms] = defaultdict(_MeanTerms)
 
     # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
-    # compute_language_model_loss. A forward without labels would copy them.
+    # output_layer and then compute_language_model_loss. A forward without labels would copy them.
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
         model = super().model_provider_func(pre_process, post_process)
-        model.compute_language_model_loss = partial(
-            self._token_losses, model.compute_language_model_loss
-        )
+        if post_process:
+            cross_entropy = model.compute_language_model_loss
+            model.compute_language_model_loss = partial(self._token_losses, cross_entropy)
+            if self.kd_config.fuse_output_layer:
+                layer = model.output_layer
+                layer.forward = partial(self._hidden_for_logits, layer, layer.forward)
         return model
 
+    def _hidden_for_logits(
+        self,
+        layer: Any,
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        weight: Any = None,
+        **more: Any,
+    ) -> Any:
+        """Where the loss computes the logits itself, pass on what it computes them from."""
+        if not self._teacher_rows or self._validating:
+            return forward(hidden, weight=weight, **more)
+        return (hidden, layer.weight if weight is None else weight), None
+
     def _token_losses(
-        self, cross_entropy: Callable[..., Tensor], labels: Tensor, logits: Tensor
+        self, cross_entropy: Callable[..., Tensor], labels: Tensor, logits: Any
     ) -> Tensor:
-        """The loss of each token, [B, S], from labels [B, S] and logits [S, B, Vp]."""
+        """The loss of each token, [B, S], from labels [B, S] and logits [S, B, Vp].
+
+        With the output layer fused in, the loss of the micro batch, from (hidden, weight).
+        """
         if not self._teacher_rows:
             losses = cross_entropy(labels, logits)
             self._token_terms = {"sft_loss": losses.detach()}
             return losses
-        ids, log_probs, tails = (self._teacher_rows[name] for name in TEACHER_ROWS)
-        out = vocab_parallel_kd_sft_loss(
-            logits,
-            labels.transpose(0, 1),
-            log_probs.transpose(0, 1),
-            ids.transpose(0, 1),
-            tails.transpose(0, 1),
-            config=self.kd_config,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            inplace=True,
-        )
+        ids, log_probs, tails = (self._teacher_rows[name].transpose(0, 1) for name in TEACHER_ROWS)
+        self._teacher_rows = {}
+        rows = (labels.transpose(0, 1), log_probs, ids, tails)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        fused = isinstance(logits, tuple)
+        if fused:
+            out = self._fused_loss(*logits, rows, tp_group)
+        else:
+            out = vocab_parallel_kd_sft_loss(
+                logits, *rows, config=self.kd_config, tp_group=tp_group, inplace=True
+            )
         terms = {"kd_loss": out.kd_loss, "sft_loss": out.sft_loss, **out.metrics}
         self._token_terms = {name: term.transpose(0, 1) for name, term in terms.items()}
+        if fused:
+            return out.loss
         losses = out.sft_loss if self._validating else out.loss
         return losses.transpose(0, 1).contiguous()
+
+    def _fused_loss(self, hidden: Tensor, weight: Tensor, rows: Any, tp_group: Any) -> Any:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # as it would have cast the output layer's input
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return vocab_parallel_linear_kd_sft_loss(
+                hidden,
+                weight,
+                *rows,
+                token_weights=self._loss_mask.transpose(0, 1).float() / self._num_tokens,
+                config=self.kd_config,
+                tp_group=tp_group,
+                sequence_parallel=self.transformer_config.sequence_parallel,
+            )
 
     # Data: caches are built where NeMo builds its datasets, and the teacher's rows go round
     # NeMo's list of the keys that a pipeline stage needs.
@@ -146,6 +186,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             }
         batch = super().get_batch_on_this_context_parallel_rank(batch | rows)
         self._teacher_rows = {name: batch.pop(name) for name in rows}
+        if rows:
+            self._loss_mask = batch["loss_mask"]
+            self._num_tokens = batch["num_valid_tokens_in_ub"].clamp(min=1)
         return batch
 
     # Loss: NeMo's reduction, and the terms beside it.
@@ -165,6 +208,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             if self.sample_weight == "constant":
                 weight = weight.clamp(max=1)
         self._terms.add(means, weight)
+        if output_tensor.dim() == 0:  # the fused loss is the micro batch's already
+            loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
         return loss
 

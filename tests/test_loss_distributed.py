@@ -15,6 +15,12 @@ from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
 
 TP_SIZES = (2, 4)
 GATHERS = ("topk", "full")
+TYPED = [
+    (dtype, inplace, mode)
+    for dtype in (torch.float32, torch.bfloat16)
+    for inplace in (False, True)
+    for mode in ("forward_kl-label-T1", "jsd-bucket-T1", "forward_kl-drop-T2")
+]
 
 
 def run_shard(
@@ -81,13 +87,12 @@ def collectives(rank: int, world_size: int) -> dict[int, list[tuple[str, int]]]:
 
 def everything(rank: int, world_size: int) -> Any:
     counted = collectives(rank, world_size)
-    half = random_case()
-    half.logits = half.logits.bfloat16()
-    in_bfloat16 = {
-        inplace: run_shard(half, MODES["forward_kl-label-T1"], rank, world_size, inplace)
-        for inplace in (False, True)
-    }
-    return every_case(rank, world_size), counted, in_bfloat16
+    by_type = {}
+    for dtype, inplace, mode in TYPED:
+        case = random_case()
+        case.logits = case.logits.to(dtype)
+        by_type[dtype, inplace, mode] = run_shard(case, MODES[mode], rank, world_size, inplace)
+    return every_case(rank, world_size), counted, by_type
 
 
 @pytest.fixture(scope="module", params=TP_SIZES, ids=lambda size: f"TP={size}")
@@ -120,23 +125,20 @@ def test_collectives_do_not_grow_with_the_chunks(ranks: list[Any]) -> None:
         assert counted == dict.fromkeys((1, 2, 6), expected)
 
 
-def test_bfloat16_shards_equal_the_whole(ranks: list[Any]) -> None:
+@pytest.mark.parametrize("typed", TYPED, ids=str)
+def test_shards_equal_the_whole(ranks: list[Any], typed: Any) -> None:
+    dtype, _, mode = typed
     case = random_case()
-    case.logits = case.logits.bfloat16()
+    case.logits = case.logits.to(dtype)
     logits = case.logits.clone().requires_grad_()
     whole = vocab_parallel_kd_sft_loss(
-        logits,
-        case.labels,
-        case.log_probs,
-        case.ids,
-        case.tails,
-        config=MODES["forward_kl-label-T1"],
+        logits, case.labels, case.log_probs, case.ids, case.tails, config=MODES[mode]
     )
     whole.loss.sum().backward()
-    for inplace in (False, True):
-        gradient = torch.cat([results[inplace][1] for _, _, results in ranks], dim=-1)
-        # A float32 sum in another order may round to the neighbouring bfloat16.
-        torch.testing.assert_close(gradient, logits.grad, rtol=2**-7, atol=1e-6)
+    gradient = torch.cat([by_type[typed][1] for _, _, by_type in ranks], dim=-1)
+    # A float32 sum in another order; in bfloat16 it may round to the neighbouring value.
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(gradient, logits.grad, rtol=rtol, atol=1e-6)
 
 
 def raise_on_rank_one(rank: int, world_size: int) -> None:

@@ -9,8 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_kd.config import CacheConfig, DataConfig
-from nemo_kd.loss import KDLossConfig
+from nemo_kd.config import CacheConfig, DataConfig, DistillationConfig
 from nemo_kd.selection import SelectionConfig
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +46,7 @@ def test_yaml_composes(name: str) -> None:
         ("dump_teacher_topk", "data", DataConfig),
         ("dump_teacher_topk", "selection", SelectionConfig),
         ("dump_teacher_topk", "cache", CacheConfig),
-        ("train_kd_sft", "model.knowledge_distillation", KDLossConfig),
+        ("train_kd_sft", "model.knowledge_distillation", DistillationConfig),
     ],
 )
 def test_yaml_has_every_setting_with_its_default(file: str, section: str, settings: type) -> None:

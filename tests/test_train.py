@@ -56,20 +56,24 @@ def test_it_learns_and_logs(trained: tuple[dict[str, list[float]], Path]) -> Non
         np.testing.assert_allclose(curves[name], curves["validation_loss_dataloader0"], rtol=1e-6)
 
 
+TP2, PP2 = "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"
+FUSED = "model.knowledge_distillation.fuse_output_layer=true"
+
+
 @pytest.mark.parametrize(
     ("layout", "processes"),
-    [("model.tensor_model_parallel_size=2", 2), ("model.pipeline_model_parallel_size=2", 2)],
-    ids=["TP=2", "PP=2"],
+    [([TP2], 2), ([PP2], 2), ([FUSED], 1), ([FUSED, TP2], 2)],
+    ids=["TP=2", "PP=2", "output layer fused in", "output layer fused in, TP=2"],
 )
-def test_a_parallel_student_has_the_same_curves(
-    layout: str,
+def test_another_layout_has_the_same_curves(
+    layout: list[str],
     processes: int,
     trained: tuple[dict[str, list[float]], Path],
     nemos: dict[str, Path],
     cache: Path,
     tmp_path: Path,
 ) -> None:
-    arguments = train_arguments(nemos["tied"], cache, cache, tmp_path / "logs", layout)
+    arguments = train_arguments(nemos["tied"], cache, cache, tmp_path / "logs", *layout)
     run_example("train_kd_sft.py", *arguments, processes=processes)
     curves, _ = trained
     sharded = scalars(tmp_path / "logs")
