@@ -1,9 +1,11 @@
 """Time and memory of the loss beside what it replaces, forward and backward.
 
-Logits in (ratios to "unfused" and "softmax"):
+Logits in (ratios to "unfused", "in place" and "softmax"):
     renormalize bucket label drop   vocab_parallel_kd_sft_loss with that tail, inplace
     dense      all-gather, log_softmax, KL of renormalised top-K and cross entropy in plain torch
-    unfused    megatron.core's vocab-parallel cross entropy and a separate top-K KL
+    unfused    megatron.core's vocab-parallel cross entropy and a separate top-K KL in plain torch,
+               whose gather needs the logits that the cross entropy overwrites: on a copy
+    in place   the same without the copy, by a gather that has a backward of its own
     softmax    torch.softmax over the same tensor: one read, one exponential, one write
 Hidden states in (ratios to "layer, loss"):
     layer, loss   the output layer, then vocab_parallel_kd_sft_loss inplace
@@ -142,11 +144,12 @@ def dense(x: Inputs) -> Tensor:
     return ((kd_loss + SFT_LOSS_WEIGHT * sft_loss) * x.weights).sum()
 
 
-def unfused(x: Inputs) -> Tensor:
+def unfused(x: Inputs, *, copy: bool) -> Tensor:
     """Each term forms a gradient of the logits' size and autograd adds them."""
     kd_loss = _kl(x.log_probs, _GatherEntries.apply(x.logits, x.ids))
     # Last, for Megatron Core's works in the memory of float32 logits.
-    sft_loss = vocab_parallel_cross_entropy(x.logits[:, None], x.labels[:, None])[:, 0]
+    logits = x.logits.clone() if copy and x.logits.dtype == torch.float32 else x.logits
+    sft_loss = vocab_parallel_cross_entropy(logits[:, None], x.labels[:, None])[:, 0]
     return ((kd_loss + SFT_LOSS_WEIGHT * sft_loss) * x.weights).sum()
 
 
@@ -174,7 +177,8 @@ LOGITS_ROWS: dict[str, Callable[[Inputs], Tensor]] = {
     "label": lambda x: fused(x, "label"),
     "drop": lambda x: fused(x, "drop"),
     "dense": dense,
-    "unfused": unfused,
+    "unfused": lambda x: unfused(x, copy=True),
+    "in place": lambda x: unfused(x, copy=False),
     "softmax": softmax,
 }
 HIDDEN_ROWS: dict[str, Callable[[Inputs], Tensor]] = {
@@ -269,7 +273,9 @@ def main() -> None:
     args = parser.parse_args()
     logits_shapes = [(64, 4096)] if args.small else [(1024, 49_152), (1024, 128_256)]
     hidden_shapes = [(64, 4096)] if args.small else [(4096, 49_152)]
-    rows = report(list(LOGITS_ROWS), ["unfused", "softmax"], logits_shapes, args.repeats)
+    rows = report(
+        list(LOGITS_ROWS), ["unfused", "in place", "softmax"], logits_shapes, args.repeats
+    )
     rows += report(list(HIDDEN_ROWS), ["layer, loss"], hidden_shapes, max(1, args.repeats // 3))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(rows, indent=1))

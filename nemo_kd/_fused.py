@@ -244,7 +244,7 @@ def concatenate(parts: list[Any]) -> Any:
 
 def fused_pass(
     read: Callable[[], Iterator[Tensor]],
-    write: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None,
+    write: Callable[[], Iterator[tuple[Tensor, ...]]] | None,
     columns: Columns,
     targets: Targets,
     config: KDLossConfig,
@@ -273,7 +273,7 @@ def fused_pass(
         work = out if out is not None and out.dtype == dtype else memory("work", z)
         return work, work if config.temperature == 1 else memory("work_t", z)
 
-    def walk(writes: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def walk(writes: bool) -> Iterator[tuple[Any, ...]]:
         return write() if writes and write else ((z, None) for z in read())
 
     keeps = keeps and config.temperature == 1

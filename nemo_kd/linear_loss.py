@@ -166,7 +166,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             for _, logits in blocks():
                 yield from chunks(logits)
 
-        def write() -> Iterator[tuple[Tensor, Tensor]]:
+        def write() -> Iterator[tuple[Tensor, ...]]:
             for part, logits in blocks():
                 for chunk in chunks(logits):
                     yield chunk, chunk
