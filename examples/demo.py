@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two minutes: fewer samples and steps")
     small = parser.parse_args().small
     sizes = {
-        "train_samples": 64 if small else None,
-        "heldout_questions": 8 if small else 64,
-        "steps": 12 if small else 64,
+        "train_samples": 64 if small else 896,
+        "heldout_questions": 8 if small else 32,
+        "steps": 12 if small else 56,
         "validations": 1 if small else 4,
     }
     start_over_if_other(sizes)
@@ -84,7 +84,7 @@ def start_over_if_other(sizes: dict[str, Any]) -> None:
     settings.write_text(content)
 
 
-def write_data(num_train: int | None, num_heldout: int) -> None:
+def write_data(num_train: int, num_heldout: int) -> None:
     """chatterbot-corpus (BSD): distinct English questions and answers, split by question."""
     pairs = sorted(set(question_answer_pairs()))
     questions = sorted({question for question, _ in pairs})
@@ -194,9 +194,9 @@ def run(step: str, script: str, *arguments: str) -> None:
     shown = shlex.join(["python", *command[1:]])
     log, done = OUT / "logs" / f"{step}.log", OUT / "logs" / f"{step}.done"
     if done.exists() and done.read_text() == shown:
-        print(f"{step}: done before")
+        say(f"{step}: done before")
         return
-    print(f"{step}: {shown}", flush=True)
+    say(f"{step}: {shown}")
     shutil.rmtree(OUT / "runs" / step.removeprefix("train-"), ignore_errors=True)
     log.parent.mkdir(exist_ok=True)
     start = time.monotonic()
@@ -208,7 +208,13 @@ def run(step: str, script: str, *arguments: str) -> None:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         sys.exit(f"{tail}\n{step} failed with exit code {code}; all of its output: {log}")
     done.write_text(shown)
-    print(f"{step}: {time.monotonic() - start:.0f} s", flush=True)
+    say(f"{step}: {time.monotonic() - start:.0f} s")
+
+
+def say(line: str) -> None:
+    """One write, so that the lines of two steps stay lines."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def report(rows: list[dict[str, Any]]) -> None:
