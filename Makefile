@@ -43,6 +43,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py $(if $(SMALL),--small)
+	$(BIN)/python benchmarks/cache.py $(if $(SMALL),--small)
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -139,7 +139,7 @@ def train(
     logs = OUT / "runs" / name
     saves = [f"save_to={OUT}/{name}.nemo"] if steps else []
     run(
-        f"train-{name}" if steps else "validate",
+        f"train-{name}",
         "train_kd_sft.py",
         "trainer.accelerator=cpu",
         f"trainer.max_steps={steps}",

@@ -9,6 +9,7 @@ Layouts (h hidden size, d head size, g key/value groups, q query heads a group):
 The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -228,15 +229,20 @@ def import_hf_llama(config: DictConfig) -> None:
             f"keep_layers: expected layers from 0 to {num_layers - 1}, got {list(layers)}"
         )
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer_directory = output.with_suffix(".tokenizer")
+    model_config = nemo_config(hf_model.config, tokenizer_directory, len(layers))
+    biased = [
+        name for name in hf_model.state_dict() if re.search(r"(o|gate|up|down)_proj.bias", name)
+    ]
+    if biased:
+        raise ValueError(f"source: expected biases on q, k and v alone, got {biased[0]}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(tokenizer_directory, ignore_errors=True)
     tokenizer.save_pretrained(tokenizer_directory)
 
     on_gpu_machine = torch.cuda.is_available()
     if not on_gpu_machine:
         cpu_backend.enable()
-    model_config = nemo_config(hf_model.config, tokenizer_directory, len(layers))
     cpu_backend.prepare_model_config(model_config)
     # In the container the model is built on the CPU too, of Transformer Engine's layers.
     model_config.transformer_engine = on_gpu_machine

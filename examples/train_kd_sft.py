@@ -64,6 +64,10 @@ def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
 
 def train_kd_sft(config: DictConfig) -> None:
     prepare_accelerator(config)
+    validates = config.trainer.max_steps == 0
+    if validates and config.exp_manager is not None:
+        # of model.restore_from_path, not of the checkpoint of an earlier run
+        config.exp_manager.resume_if_exists = False
     student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
     from megatron.core.transformer import TransformerConfig
     from nemo.utils.exp_manager import exp_manager
@@ -79,7 +83,7 @@ def train_kd_sft(config: DictConfig) -> None:
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
-    if config.trainer.max_steps == 0:
+    if validates:
         trainer.validate(model)
         return
     trainer.fit(model)

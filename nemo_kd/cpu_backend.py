@@ -68,8 +68,12 @@ def enable() -> None:
     _enabled = True
 
 
-def prepare_model_config(config: DictConfig) -> None:
+def prepare_model_config(config: DictConfig, section: str = "model") -> None:
     """Set in a model's config, in place, what the local layers on a CPU need.
+
+    Args:
+        config: The model's.
+        section: Where the YAML has it, for the errors.
 
     Raises:
         ValueError: The config asks for what the local layers cannot do.
@@ -77,12 +81,12 @@ def prepare_model_config(config: DictConfig) -> None:
     for key in ("sequence_parallel", "fp8"):
         if config.get(key, False):
             raise ValueError(
-                f"model.{key}=true needs Transformer Engine, which runs on a GPU alone; "
-                f"set model.{key}=false with trainer.accelerator=cpu"
+                f"{section}.{key}=true needs Transformer Engine, which runs on a GPU alone; "
+                f"set {section}.{key}=false with trainer.accelerator=cpu"
             )
     if config.get("context_parallel_size", 1) > 1:
         raise ValueError(
-            f"expected model.context_parallel_size=1 with trainer.accelerator=cpu, "
+            f"expected {section}.context_parallel_size=1 with trainer.accelerator=cpu, "
             f"got {config.context_parallel_size}: the local attention has no context parallelism"
         )
     with open_dict(config):

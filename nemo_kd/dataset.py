@@ -7,6 +7,7 @@ import torch
 import xxhash
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
+from torch import Tensor
 
 from nemo_kd.cache import Sample, TopKCache
 from nemo_kd.loss import KDLossConfig
@@ -84,7 +85,7 @@ class GPTSFTKDDataset(GPTSFTDataset):
             "token_count": len(tokens),
             "loss_mask": example["loss_mask"],
             "topk_ids": torch.from_numpy(example["topk_ids"]),
-            "topk_log_probs": torch.from_numpy(example["topk_log_probs"]),
+            "topk_log_probs": self._untempered(torch.from_numpy(example["topk_log_probs"])),
             "tail_log_probs": torch.from_numpy(example["tail_log_probs"]),
         }
 
@@ -99,24 +100,29 @@ class GPTSFTKDDataset(GPTSFTDataset):
         ids = torch.full((num_samples, length, num_entries), -1, dtype=torch.int32)
         log_probs = torch.full((num_samples, length, num_entries), -torch.inf)
         tails = torch.full((num_samples, length), -torch.inf)
-        # Only a tempered teacher has it: renormalize starts from log-probs at temperature 1, and
-        # log p = T_d * (log p at T_d) + a constant of the row, which the softmax cancels.
-        dumped_at = self.cache.manifest.selection["temperature"]
         for index, item in enumerate(batch):
             positions = torch.from_numpy(item["loss_mask"]).nonzero()[:, 0] - 1
             kept = item["topk_ids"].shape[1]
             ids[index, positions, :kept] = item["topk_ids"]
-            log_probs[index, positions, :kept] = (
-                item["topk_log_probs"] * dumped_at
-                if self.kd_config.tail == "renormalize"
-                else item["topk_log_probs"]
-            )
+            log_probs[index, positions, :kept] = item["topk_log_probs"]
             tails[index, positions] = item["tail_log_probs"]
         return processed | {
             "topk_ids": ids,
             "topk_log_probs": log_probs,
             "tail_log_probs": tails,
         }
+
+    def _untempered(self, log_probs: Tensor) -> Tensor:
+        """For renormalize, which tempers the teacher itself, log-probs at temperature 1.
+
+        log p = T_d * (log p at T_d) + a constant of the row, which that softmax cancels; this one
+        keeps the row's stored mass.
+        """
+        dumped_at = self.cache.manifest.selection["temperature"]
+        if self.kd_config.tail != "renormalize" or dumped_at == 1:
+            return log_probs
+        scaled = log_probs * dumped_at
+        return scaled + log_probs.logsumexp(-1, True) - scaled.logsumexp(-1, True)
 
     def _check_fits(self) -> None:
         manifest = self.cache.manifest

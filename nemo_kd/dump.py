@@ -52,12 +52,18 @@ _MICRO_BATCHES_PER_WINDOW = 16
 _TOKENS_PER_SELECTION = 256
 # How long replicas wait for each other's shards.
 _PATIENCE = timedelta(days=7)
+_LAYOUT_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+)
 # Settings of `data` that say where and how to read, not what the tokens are.
 _NOT_IN_MANIFEST = (
     "file_names",
     "hf_dataset",
     "index_mapping_dir",
     "memmap_workers",
+    "min_seq_length",
     "num_workers",
 )
 
@@ -91,11 +97,14 @@ def dump_teacher_topk(config: DictConfig) -> None:
             1, trainer.world_size // replica_size
         )
     initialize_model_parallel(trainer, teacher_config)
+    # gloo, whose time-out is this job's own: NCCL's is shorter than a long file takes to read, or
+    # than the wait for a shard that another job holds.
+    everyone = torch.distributed.new_group(timeout=_PATIENCE, backend="gloo")
     # Before the weights are read: a broken line costs seconds, not the loading of a teacher.
-    sources = _on_rank_zero(lambda: [_check_source(path, data) for path in data.file_names])
-    teacher_fingerprint = _on_rank_zero(
-        lambda: _fingerprint_checkpoint(Path(config.teacher.restore_from_path))
+    sources = _on_rank_zero(
+        lambda: [_check_source(path, data) for path in data.file_names], everyone
     )
+    teacher_fingerprint = _on_rank_zero(lambda: _fingerprint_teacher(config), everyone)
     model = MegatronGPTSFTModel.restore_from(
         config.teacher.restore_from_path,
         override_config_path=teacher_config,
@@ -121,14 +130,13 @@ def dump_teacher_topk(config: DictConfig) -> None:
         samples_per_shard=cache.samples_per_shard,
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
-    _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest).path)
+    writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
     signal.signal(signal.SIGTERM, _stop)
-    writer = CacheWriter.open(cache.path, manifest)
-    _fill(writer, shards, _Teacher(model, selection), samples, data)
+    _fill(writer, shards, _Teacher(model, selection), samples, data, everyone)
 
 
-def parse_shards(text: str | None, num_shards: int) -> list[int]:
-    """Return the shards of "0-99", "7" or "0-3,8"; all of them for None.
+def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
+    """Return the shards of "0-99", 7 or "0-3,8"; all of them for None.
 
     Raises:
         ValueError: Another form, or a shard that the cache does not have.
@@ -136,10 +144,10 @@ def parse_shards(text: str | None, num_shards: int) -> list[int]:
     if text is None:
         return list(range(num_shards))
     shards: list[int] = []
-    for part in text.split(","):
+    for part in str(text).split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None:
-            raise ValueError(f"cache.shards: expected a form like 0-99 or 0-3,8, got {text!r}")
+            raise ValueError(f'cache.shards: expected 0-99, 7 or "0-3,8", got {text!r}')
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < num_shards:
             raise ValueError(
@@ -224,27 +232,32 @@ def _fill(
     teacher: _Teacher,
     samples: ConcatDataset[Any],
     data: DataConfig,
+    everyone: Any,
 ) -> None:
     replica = _Replica()
     rank = parallel_state.get_data_parallel_rank()
     missing = writer.missing_shards(shards)
-    with tqdm(
-        desc=f"{writer.path.name}: {len(missing)} of {writer.manifest.num_shards} shards missing",
-        total=sum(len(writer.manifest.shard_samples(shard)) for shard in missing),
-        unit="sample",
-        disable=not (replica.leads and rank == 0 and missing),
-        mininterval=1,
-    ) as bar:
+    with (
+        tqdm(
+            desc=f"{writer.path.name}: {len(missing)} of {writer.manifest.num_shards} shards",
+            total=sum(len(writer.manifest.shard_samples(shard)) for shard in missing),
+            unit="sample",
+            disable=not (replica.leads and rank == 0 and missing),
+            mininterval=1,
+        ) as bar,
+        closing(replica.claim_shards(writer, shards)) as claims,
+    ):
         num_tokens, start = 0, time.monotonic()
-        for shard in replica.claim_shards(writer, shards):
+        for shard in claims:
             num_tokens += _fill_shard(writer, shard, teacher, samples, data, replica.leads)
             # The bar is one replica's, and counts what the others have published meanwhile.
             done = len(missing) - len(writer.missing_shards(missing))
             bar.set_postfix_str(
-                f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s a replica", refresh=False
+                f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s a replica",
+                refresh=False,
             )
             bar.update(min(bar.total, done * writer.manifest.samples_per_shard) - bar.n)
-    replica.wait_for_all()
+    torch.distributed.barrier(everyone)
     if torch.distributed.get_rank() == 0:
         missing = writer.missing_shards()
         state = f"{len(missing)} of {writer.manifest.num_shards} shards are still missing"
@@ -254,9 +267,7 @@ def _fill(
 class _Replica:
     """This process's replica of the teacher: its ranks go through the same shards in step.
 
-    The leader, the one rank of the last pipeline stage that writes, claims for all of them. They
-    talk over gloo, with a time-out of their own: NCCL's is shorter than the wait for a shard that
-    another job holds.
+    The leader, the one rank of the last pipeline stage that writes, claims for all of them.
     """
 
     def __init__(self) -> None:
@@ -273,7 +284,6 @@ class _Replica:
             group = torch.distributed.new_group(replica, timeout=_PATIENCE, backend="gloo")
             if list(replica) == ranks:
                 self._group = group
-        self._all = torch.distributed.new_group(timeout=_PATIENCE, backend="gloo")
 
     def claim_shards(self, writer: CacheWriter, shards: list[int]) -> Iterator[int]:
         """The shards that this replica is to fill; ends when all of `shards` are there."""
@@ -284,9 +294,6 @@ class _Replica:
                 if shard[0] is None:
                     return
                 yield shard[0]
-
-    def wait_for_all(self) -> None:
-        torch.distributed.barrier(self._all)
 
 
 def _fill_shard(
@@ -373,6 +380,9 @@ def _build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> C
         # NeMo keeps an index of the lines and never looks whether the file changed since.
         content = xxhash.xxh3_64_hexdigest("".join(source.xxh3_128 for source in sources).encode())
         index_dir = os.path.join(tempfile.gettempdir(), f"nemo-kd-{os.getuid()}-{content}")
+        os.makedirs(index_dir, mode=0o700, exist_ok=True)
+        if os.stat(index_dir).st_uid != os.getuid():  # NeMo unpickles what lies there
+            raise ValueError(f"{index_dir} is another user's; set data.index_mapping_dir")
     else:
         index_dir = data.index_mapping_dir
     settings = OmegaConf.create(asdict(data) | {"index_mapping_dir": index_dir})
@@ -387,7 +397,7 @@ def _read_teacher_config(config: DictConfig, data: DataConfig) -> DictConfig:
     model_config = read_model_config(teacher.restore_from_path, "teacher.restore_from_path")
     known = {field.name for field in fields(TransformerConfig)} | set(model_config)
     overrides = {key: value for key, value in teacher.items() if key != "restore_from_path"}
-    refuse_unknown_keys(overrides, known | set(_TEACHER_KEYS), "teacher")
+    refuse_unknown_keys(overrides, known | {"megatron_amp_O2"}, "teacher")
     with open_dict(model_config):
         model_config.update(overrides)
         model_config.precision = config.trainer.precision
@@ -396,19 +406,16 @@ def _read_teacher_config(config: DictConfig, data: DataConfig) -> DictConfig:
         model_config.sep_id = data.sep_id
         model_config.data = {"chat": data.chat, "chat_prompt_tokens": data.chat_prompt_tokens}
         model_config.optim = {"name": "adamw", "lr": 0.0}  # NeMo asks for its name
+        model_config.gradient_as_bucket_view = False  # and for this, with a GPU
+        # of the run that wrote the .nemo; a forward pass over whole sequences has no use for them
+        model_config.context_parallel_size = 1
+        model_config.virtual_pipeline_model_parallel_size = None
+        model_config.use_cpu_initialization = False
         for key in ("granularity", "method", "num_layers", "layers_per_pipeline"):
             model_config[f"activations_checkpoint_{key}"] = None
     if config.trainer.accelerator == "cpu":
-        cpu_backend.prepare_model_config(model_config)
+        cpu_backend.prepare_model_config(model_config, "teacher")
     return model_config
-
-
-_TEACHER_KEYS = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "sequence_parallel",
-    "megatron_amp_O2",
-)
 
 
 def _selection_settings(selection: SelectionConfig) -> dict[str, Any]:
@@ -427,6 +434,8 @@ def _check_source(path: str, data: DataConfig) -> SourceFile:
     """
     if not os.path.isfile(path):
         raise ValueError(f"data.file_names: expected jsonl files, found no {path}")
+    if not os.path.getsize(path):
+        raise ValueError(f"{path}: expected samples, found an empty file")
     with open(path, "rb") as lines:
         blank = 0
         for number, line in enumerate(lines, 1):
@@ -451,10 +460,19 @@ def _check_source(path: str, data: DataConfig) -> SourceFile:
     return fingerprint_file(path)
 
 
-def _fingerprint_checkpoint(path: Path) -> str:
-    """Hash of the sizes and of blocks spaced evenly: 700 GB take no longer than 1 GB."""
+def _fingerprint_teacher(config: DictConfig) -> str:
+    """Hash of the checkpoint, and of all that shapes its logits but the parallel layout.
+
+    Of a file its size and blocks spaced evenly: 700 GB take no longer than 1 GB.
+    """
     block, num_blocks = 1 << 16, 64
-    digest = xxhash.xxh3_128()
+    path = Path(config.teacher.restore_from_path)
+    settings = OmegaConf.to_container(config.teacher, resolve=True)
+    for key in ("restore_from_path", *_LAYOUT_KEYS):
+        settings.pop(key, None)
+    digest = xxhash.xxh3_128(
+        json.dumps([settings, str(config.trainer.precision)], sort_keys=True).encode()
+    )
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         size = file.stat().st_size
@@ -466,7 +484,7 @@ def _fingerprint_checkpoint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _on_rank_zero(function: Any) -> Any:
+def _on_rank_zero(function: Any, group: Any) -> Any:
     """Call it on global rank 0 and return its result on every rank.
 
     An exception of rank 0 is raised on every rank, so that none waits for the others.
@@ -477,7 +495,7 @@ def _on_rank_zero(function: Any) -> Any:
             outcome[0] = function()
         except (ValueError, OSError) as error:
             outcome[1] = error
-    torch.distributed.broadcast_object_list(outcome, src=0)
+    torch.distributed.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -155,6 +155,8 @@ def read_model_config(path: str, key: str) -> DictConfig:
     if not is_nemo:
         raise ValueError(f"{key}: expected a .nemo (a tar with model_config.yaml), got {path}")
     config = MegatronGPTSFTModel.restore_from(path, return_config=True)
+    if not config.get("mcore_gpt", False):
+        raise ValueError(f"{key}: expected a Megatron Core model (mcore_gpt: true), got {path}")
     tokenizer = config.get("tokenizer", {})
     directory = tokenizer.get("type")
     # A .nemo names a Hugging Face tokenizer by its path; one that stands beside it moved with it.

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
@@ -69,6 +70,11 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             model.compute_language_model_loss = partial(self._token_losses, cross_entropy)
             if self.kd_config.fuse_output_layer:
                 layer = model.output_layer
+                if type(layer) is not ColumnParallelLinear:
+                    raise ValueError(
+                        f"expected a plain output layer with fuse_output_layer=true, got "
+                        f"{type(layer).__name__}, which does more than a product; set it to false"
+                    )
                 layer.forward = partial(self._hidden_for_logits, layer, layer.forward)
         return model
 
@@ -81,7 +87,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         **more: Any,
     ) -> Any:
         """Where the loss computes the logits itself, pass on what it computes them from."""
-        if not self._teacher_rows or self._validating:
+        if not self._teacher_rows:
             return forward(hidden, weight=weight, **more)
         return (hidden, layer.weight if weight is None else weight), None
 
@@ -90,7 +96,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     ) -> Tensor:
         """The loss of each token, [B, S], from labels [B, S] and logits [S, B, Vp].
 
-        With the output layer fused in, the loss of the micro batch, from (hidden, weight).
+        With the output layer fused in, from (hidden, weight) the loss of the micro batch.
         """
         if not self._teacher_rows:
             losses = cross_entropy(labels, logits)
@@ -109,7 +115,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             )
         terms = {"kd_loss": out.kd_loss, "sft_loss": out.sft_loss, **out.metrics}
         self._token_terms = {name: term.transpose(0, 1) for name, term in terms.items()}
-        if fused:
+        if fused and not self._validating:
             return out.loss
         losses = out.sft_loss if self._validating else out.loss
         return losses.transpose(0, 1).contiguous()

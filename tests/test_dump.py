@@ -161,7 +161,43 @@ def test_other_selections(
     assert len(lengths) > 5, "rows differ in length"
 
 
+def test_shards_are_numbers_and_ranges() -> None:
+    from nemo_kd.dump import parse_shards
+
+    assert parse_shards(None, 3) == [0, 1, 2]
+    assert parse_shards(7, 8) == [7]  # what Hydra makes of cache.shards=7
+    assert parse_shards("0-2,5", 6) == [0, 1, 2, 5]
+    for text, message in (("0-6", "shards from 0 to 5, got 0-6"), ("a", "expected 0-99")):
+        with pytest.raises(ValueError, match=message):
+            parse_shards(text, 6)
+
+
+def test_nemos_own_trainer_takes_the_teachers_config(
+    nemos: dict[str, Path], tmp_path: Path
+) -> None:
+    """On a GPU NeMo's builder reads keys of the model's config that gloo has no use for."""
+    from hydra import compose, initialize_config_dir
+    from nemo.collections.nlp.parts import megatron_trainer_builder
+    from omegaconf import OmegaConf
+
+    from nemo_kd.config import DataConfig
+    from nemo_kd.dump import _read_teacher_config
+
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        arguments = dump_arguments(nemos["untied"], tmp_path, tmp_path, "trainer.accelerator=gpu")
+        config = compose("dump_teacher_topk", arguments)
+    model = _read_teacher_config(config, DataConfig(file_names=("a",)))
+    run = OmegaConf.create({"trainer": config.trainer, "model": model, "exp_manager": {}})
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron_trainer_builder, "NLPDDPStrategy", lambda **more: asked.update(more))
+        megatron_trainer_builder.MegatronLMPPTrainerBuilder(run)._training_strategy()
+    assert asked["gradient_as_bucket_view"] is False
+
+
 BAD = {
+    "an empty file": (["data.file_names=[empty.jsonl]"], "found an empty file"),
+    "another teacher": (["+teacher.rotary_base=5000"], "teacher_fingerprint"),
     "no such file": (["data.file_names=[nowhere.jsonl]"], "found no nowhere.jsonl"),
     "not JSON": (["data.file_names=[broken.jsonl]"], "broken.jsonl, line 2: not JSON"),
     "a key is missing": (["data.file_names=[keyless.jsonl]"], "keyless.jsonl, line 2: expected"),
@@ -173,7 +209,7 @@ BAD = {
     "misspelt key": (["selektion.k=4"], "selektion"),
     "misspelt key with +": (["+data.max_seq_lenght=4"], "did you mean data.max_seq_length?"),
     "wrong type": (["selection.k=many"], "selection.k: expected int, got 'many'"),
-    "heads that do not divide": (["teacher.tensor_model_parallel_size=3"], "got 1"),
+    "processes that do not divide": (["teacher.tensor_model_parallel_size=3"], "got 1"),
 }
 
 
@@ -188,6 +224,7 @@ def test_bad_input_is_one_clear_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(Path("keyless.jsonl"), [{"input": "a", "output": "b"}, {"input": "a"}])
+    Path("empty.jsonl").touch()
     Path("broken.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n{]\n")
     before = files_of(cache)
     overrides, message = BAD[case]

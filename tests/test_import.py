@@ -33,6 +33,8 @@ def test_logits_agree(
 
 
 def test_keep_layers(hf_llamas: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     output = run_example(
         "import_hf_llama.py",
         f"source={hf_llamas['untied']}",
@@ -40,7 +42,14 @@ def test_keep_layers(hf_llamas: dict[str, Path], tmp_path: Path) -> None:
         "keep_layers=[0,2]",
     )
     assert "2 of 3 layers" in output
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert {path.name for path in tmp_path.iterdir()} == {"student.nemo", "student.tokenizer"}
+    tokens = torch.randint(401, (2, 16), generator=torch.Generator().manual_seed(0))
+    ((ours,),) = run_distributed(local_logits, 1, [tmp_path / "student.nemo"], tokens)
+    hf = AutoModelForCausalLM.from_pretrained(hf_llamas["untied"])
+    hf.model.layers = torch.nn.ModuleList([hf.model.layers[0], hf.model.layers[2]])
+    with torch.no_grad():
+        theirs = hf(tokens, use_cache=False).logits
+    torch.testing.assert_close(ours[..., :401], theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

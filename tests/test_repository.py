@@ -60,13 +60,31 @@ def test_yaml_has_every_setting_with_its_default(file: str, section: str, settin
             assert shown[field.name] == expected, field.name
 
 
+def imported_by(path: Path) -> set[str]:
+    return {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+
+
 def test_only_some_files_import_nemo() -> None:
     for path in (ROOT / "nemo_kd").rglob("*.py"):
-        imported = {
-            (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        }
-        if any(name.split(".")[0] == "nemo" for name in imported):
+        if any(name.split(".")[0] == "nemo" for name in imported_by(path)):
             assert path.name in NEMO_FILES, path
+
+
+def test_a_file_imports_only_from_those_above_it() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\nnemo_kd/\n(.*?)\nexamples/", readme, re.DOTALL)
+    assert tree is not None
+    order = [line.split()[0].removesuffix(".py").rstrip("/") for line in tree[1].splitlines()]
+    for position, name in enumerate(order):
+        folder = ROOT / "nemo_kd" / name
+        files = folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]
+        for path in files:
+            for module in imported_by(path):
+                package, _, rest = module.partition(".")
+                if package == "nemo_kd" and rest:
+                    assert order.index(rest.split(".")[0]) <= position, f"{path} imports {module}"

@@ -82,6 +82,24 @@ def test_another_layout_has_the_same_curves(
         np.testing.assert_allclose(sharded[name], curves[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_data_parallel_students_have_the_same_curves(
+    nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    curves = []
+    for processes in (1, 2):
+        logs = tmp_path / str(processes)
+        run_example(
+            "train_kd_sft.py",
+            *train_arguments(nemos["tied"], cache, cache, logs),
+            # at larger ones NeMo's sampler groups other samples
+            *(f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")),
+            processes=processes,
+        )
+        curves.append(scalars(logs))
+    for name in (*CURVES, *(f"validation_{name}_dataloader0" for name in VALIDATED)):
+        np.testing.assert_allclose(curves[1][name], curves[0][name], rtol=1e-4, err_msg=name)
+
+
 def test_validation_is_the_formula_on_hugging_faces_logits(
     hf_llamas: dict[str, Path], nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
