@@ -42,6 +42,7 @@ def test_dump_agrees_with_hugging_face(tmp_path: Path) -> None:
         "data.answer_only_loss=false",
         "data.num_workers=0",
         "selection.k=20",
+        "cache.codec=raw",
         f"cache.path={tmp_path / 'cache'}",
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher.tokenizer")
