@@ -16,7 +16,7 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd import cpu_backend
 from nemo_kd.launch import (
@@ -273,21 +273,13 @@ def import_hf_llama(config: DictConfig) -> None:
             f"source: its weights differ from NeMo's model in {sorted(set(weights) ^ names)}"
         )
     module.to(hf_model.dtype).load_state_dict(weights, strict=False)
-    with_gpu_keys(model.cfg)
+    cpu_backend.drop_overrides(model.cfg)
     save_nemo(model, str(output))
     print(
         f"{output}: {len(layers)} of {num_layers} layers, "
         f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M parameters, "
         f"{hf_model.dtype}; tokenizer in {tokenizer_directory}"
     )
-
-
-def with_gpu_keys(config: DictConfig) -> None:
-    """Take the keys that only the CPU needed out again, so that a GPU run has NeMo's defaults."""
-    with open_dict(config):
-        for key in cpu_backend.MODEL_OVERRIDES:
-            config.pop(key, None)
-        config.transformer_engine = True
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="import_hf_llama")

@@ -88,6 +88,8 @@ def train_kd_sft(config: DictConfig) -> None:
         return
     trainer.fit(model)
     if config.save_to is not None:
+        if config.trainer.accelerator == "cpu":
+            cpu_backend.drop_overrides(model.cfg)
         save_nemo(model, config.save_to)
 
 

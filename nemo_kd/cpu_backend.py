@@ -97,6 +97,17 @@ def prepare_model_config(config: DictConfig, section: str = "model") -> None:
             config.setdefault(f"activations_checkpoint_{key}", None)
 
 
+def drop_overrides(config: DictConfig) -> None:
+    """Take out of a model's config, in place, what only the CPU needed: before it is saved.
+
+    What reads the checkpoint then has NeMo's defaults, and Transformer Engine on a GPU.
+    """
+    with open_dict(config):
+        for key in MODEL_OVERRIDES:
+            config.pop(key, None)
+        config.transformer_engine = True
+
+
 def prepare_trainer_config(config: DictConfig) -> None:
     """Set in a run's config, in place, what the trainer and the optimizer need on a CPU."""
     with open_dict(config):

@@ -1,6 +1,7 @@
 """Training through NeMo: the numbers are those of the formula, of NeMo's SFT, and of any layout."""
 
 import re
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from nemo_models import local_logits
+from omegaconf import OmegaConf
 from runs import MAX_SEQ_LENGTH, run_example, scalars, train_arguments
 
 from nemo_kd.cache import CacheWriter, TopKCache
@@ -212,6 +214,11 @@ def test_the_saved_student_is_a_plain_nemo(
 ) -> None:
     curves, nemo = trained
     assert {path.name for path in nemo.parent.iterdir()} == {"kd.nemo", "logs"}
+    with tarfile.open(nemo) as tar:
+        saved = OmegaConf.load(tar.extractfile("./model_config.yaml"))
+    assert saved.target.endswith(".MegatronGPTSFTModel")
+    assert saved.transformer_engine, "on a GPU it is NeMo's usual model again"
+    assert "use_cpu_initialization" not in saved
     tokens = torch.randint(401, (2, 16), generator=torch.Generator().manual_seed(0))
     # restored as MegatronGPTSFTModel, at a layout of its own
     shards = run_distributed(local_logits, 2, [nemo, nemos["tied"]], tokens)
