@@ -58,8 +58,6 @@ def enable() -> None:
         return
     # NeMo compiles its C++ index helper with PATH's python3: it must be this one, with pybind11.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-    # The data loaders and NeMo's indexing fork after the tokenizer has been used.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # MegatronBaseModel matches a regular expression on it; unset outside NGC containers.
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "00.00")
     _replace_apex_and_transformer_engine()

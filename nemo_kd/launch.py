@@ -43,8 +43,6 @@ def prepare_accelerator(config: DictConfig) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         config.trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
         config.trainer.num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
-    # The data loaders and NeMo's indexing fork after the tokenizer has been used.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     accelerator = config.trainer.accelerator
     if accelerator not in ("gpu", "cpu"):
         raise ValueError(f"expected trainer.accelerator=gpu or cpu, got {accelerator!r}")
@@ -77,6 +75,8 @@ def build_trainer(config: DictConfig) -> Any:
                 process_group_backend="gloo",
             )
 
+    # The data loaders and NeMo's indexing fork after the tokenizer has been used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cpu = config.trainer.accelerator == "cpu"
     builder = GlooTrainerBuilder if on_cpu else MegatronLMPPTrainerBuilder
     return builder(config).create_trainer()
