@@ -16,6 +16,10 @@ from torch.distributed import ProcessGroup
 from nemo_kd._objective import KDLossConfig, Targets
 from nemo_kd.vocab_parallel import all_reduce_max, all_reduce_sum, vocab_shard_range
 
+# Powers of 2: on a CPU torch.exp2 and the product before it take a third of torch.exp's time. The
+# product's rounding adds an error of |x| 2^-24 to exp(x), relative to it: most where it is nothing.
+_LOG2_E = math.log2(math.e)
+
 # One chunk of tokens in the computing type. On a CPU it is to stay in the cache between the passes
 # over it and yet be worth the small operations a chunk costs; on a GPU, worth the launches.
 _CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 128 * 2**20}
@@ -90,8 +94,8 @@ def exponentials(
         peak = source.amax(-1).clamp_(min=torch.finfo(work.dtype).min)  # finite if nothing is left
     torch.sub(source, peak[:, None], out=work)
     if work_t is not work:
-        torch.div(work, config.temperature, out=work_t).exp_()
-    work.exp_()
+        torch.mul(work, _LOG2_E / config.temperature, out=work_t).exp2_()
+    work.mul_(_LOG2_E).exp2_()
     return peak
 
 
