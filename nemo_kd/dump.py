@@ -52,6 +52,7 @@ _MICRO_BATCHES_PER_WINDOW = 16
 _TOKENS_PER_SELECTION = 256
 # How long replicas wait for each other's shards.
 _PATIENCE = timedelta(days=7)
+_POLL_S = 1.0
 _LAYOUT_KEYS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -131,8 +132,12 @@ def dump_teacher_topk(config: DictConfig) -> None:
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
     writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
-    signal.signal(signal.SIGTERM, _stop)
-    _fill(writer, shards, _Teacher(model, selection), samples, data, everyone)
+    stop = _Stop()
+    try:
+        _fill(writer, shards, _Teacher(model, selection, stop), samples, data, everyone)
+    except RuntimeError:  # a rank of the replica, or a worker that tokenises, was stopped before
+        stop.check()
+        raise
 
 
 def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
@@ -157,10 +162,39 @@ def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
     return shards
 
 
+class _Stop:
+    """SIGTERM, with which Slurm preempts: the run ends between micro batches, or while it waits.
+
+    An exit raised by the handler itself could fall between a file and the note of whose it is, and
+    leave the file behind.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def check(self) -> None:
+        """Exit if it was asked for: unwinding removes the open shard and its claim."""
+        if self._asked:
+            sys.exit(
+                "stopped by SIGTERM; the finished shards stay, and the same command goes on from "
+                "them"
+            )
+
+    def wait(self) -> None:
+        """Pass a moment, for another job's shard."""
+        self.check()
+        time.sleep(_POLL_S)
+
+
 class _Teacher:
     """The model, forward only: a list of samples to the rows of each."""
 
-    def __init__(self, model: Any, selection: SelectionConfig) -> None:
+    def __init__(self, model: Any, selection: SelectionConfig, stop: _Stop) -> None:
+        self.stop = stop
         (self._module,) = model.get_model_module_list()
         self._model = model.model
         self._selection = selection
@@ -194,6 +228,7 @@ class _Teacher:
         return collected
 
     def _forward_step(self, batches: Iterator[dict[str, Any]], model: Any) -> Any:
+        self.stop.check()
         names = ("tokens", "position_ids", "labels", "loss_mask", "sample_numbers")
         batch = next(batches)
         self._batch = {name: batch[name].to(self._device, non_blocking=True) for name in names}
@@ -245,7 +280,7 @@ def _fill(
             disable=not (replica.leads and rank == 0 and missing),
             mininterval=1,
         ) as bar,
-        closing(replica.claim_shards(writer, shards)) as claims,
+        closing(replica.claim_shards(writer, shards, teacher.stop)) as claims,
     ):
         num_tokens, start = 0, time.monotonic()
         for shard in claims:
@@ -285,9 +320,9 @@ class _Replica:
             if list(replica) == ranks:
                 self._group = group
 
-    def claim_shards(self, writer: CacheWriter, shards: list[int]) -> Iterator[int]:
+    def claim_shards(self, writer: CacheWriter, shards: list[int], stop: _Stop) -> Iterator[int]:
         """The shards that this replica is to fill; ends when all of `shards` are there."""
-        with closing(writer.claim_shards(shards, wait=True)) as claims:
+        with closing(writer.claim_shards(shards, wait=stop.wait)) as claims:
             while True:
                 shard = [next(claims, None) if self.leads else None]
                 torch.distributed.broadcast_object_list(shard, self._leader, self._group)
@@ -499,8 +534,3 @@ def _on_rank_zero(function: Any, group: Any) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def _stop(*_: Any) -> None:
-    """On SIGTERM, with which Slurm preempts: unwinding removes the open shard and its claim."""
-    sys.exit("stopped by SIGTERM; the finished shards stay, and the same command goes on from them")

@@ -9,7 +9,7 @@ import time
 import pytest
 from test_cache import FORK, contents, make_manifest, make_samples, write, write_shard
 
-from nemo_kd.cache import CacheWriter, TopKCache, lease, writer
+from nemo_kd.cache import CacheWriter, TopKCache, lease
 
 
 def work(path, manifest, samples, written, seconds_a_shard=0.0):
@@ -67,14 +67,13 @@ def test_a_claim_is_free_once_its_process_is_dead(tmp_path, other_job):
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 
-def test_waiting_takes_over_what_another_gives_up(tmp_path, other_job, monkeypatch):
-    monkeypatch.setattr(writer, "_POLL_S", 0.02)
+def test_waiting_takes_over_what_another_gives_up(tmp_path, other_job):
     manifest = make_manifest()
     samples = make_samples(manifest)
     threading.Timer(0.2, other_job.kill).start()
     threading.Timer(0.3, other_job.join).start()  # until then it is a zombie, and has its id
     cache, order = CacheWriter.open(tmp_path, manifest), []
-    for index in cache.claim_shards(wait=True):
+    for index in cache.claim_shards(wait=lambda: time.sleep(0.02)):
         numbers = manifest.shard_samples(index)
         write_shard(cache, index, samples[numbers.start : numbers.stop])
         order.append(index)

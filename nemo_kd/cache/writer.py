@@ -6,8 +6,7 @@ import errno
 import itertools
 import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from nemo_kd.cache.pair import PairWriter, sync
 
 _TEMPORARY = ".tmp"
 _LEASE = ".tmp-claim-"
-_POLL_S = 1.0
 # log_softmax of logits near 1e4 rounds to at most some 1e-3 above zero; more is no log-prob.
 _HIGHEST_LOG_PROB = 0.01
 
@@ -80,7 +78,7 @@ class CacheWriter:
         return [index for index in wanted if shard_name(index) not in present]
 
     def claim_shards(
-        self, shards: Iterable[int] | None = None, *, wait: bool = False
+        self, shards: Iterable[int] | None = None, *, wait: Callable[[], object] | None = None
     ) -> Iterator[int]:
         """Hand out the missing shards, of all or of `shards`, that no other process has claimed.
 
@@ -89,7 +87,8 @@ class CacheWriter:
         after some minutes without a sign of life from any other.
 
         Args:
-            wait: stay until what others have claimed is there, and take over what they give up.
+            wait: passes a moment, or raises to end it. With it, stay until what others have claimed
+                is there, and take over what they give up; without, leave that to them.
         """
         wanted = self.missing_shards(shards)
         while wanted:
@@ -98,9 +97,10 @@ class CacheWriter:
                     # It may have been published since the shards were listed.
                     if held and not (self.path / shard_name(index)).exists():
                         yield index
-            wanted = self.missing_shards(wanted) if wait else []
-            if wanted:
-                time.sleep(_POLL_S)
+            if wait is None:
+                return
+            if wanted := self.missing_shards(wanted):
+                wait()
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
