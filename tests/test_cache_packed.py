@@ -95,7 +95,7 @@ def test_rows_round_trip_through_a_cache(tmp_path, codec, kind, vocab_size, num_
 @settings(max_examples=60, deadline=None)
 @given(values=st.lists(VALUES, min_size=1, max_size=60), ragged=st.booleans())
 def test_log_probs_come_back_near(values, ragged):
-    """The 16 largest within 2^-9 of themselves, the others within a 28th of their range."""
+    """The 10 largest within 2^-9 of themselves, the others within a 60th of their range."""
     manifest = manifest_of("top_p" if ragged else "top_k", "packed", 100, k=len(values))
     codec = codec_for(manifest)
     log_probs = np.array([values], np.float32)
@@ -111,11 +111,11 @@ def test_log_probs_come_back_near(values, ragged):
     fine = 2**-13 + np.abs(expected) * 2**-8  # half a step of 12 bits, and room for rounding
     order = np.argsort(-expected, kind="stable")
     error = np.abs(actual - expected)
-    assert (error <= fine)[order[:16]].all()
-    others = order[16:]
+    assert (error <= fine)[order[:10]].all()
+    others = order[10:]
     if others.size:
-        span = expected[order[15]] - expected.min()
-        assert (error[others] <= span / 28 + 2 * fine.max()).all()
+        span = expected[order[9]] - expected.min()
+        assert (error[others] <= span / 60 + 2 * fine.max()).all()
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
@@ -163,7 +163,7 @@ def test_every_damaged_file_is_named(tmp_path, data):
         (tmp_path / name).write_bytes(files[name])
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 131_073])
+@pytest.mark.parametrize("length", [1, 9, 10, 11, 100, 131_073])
 def test_k_of_the_whole_vocabulary(length):
     codec = codec_for(manifest_of("top_k", "packed", length, k=length))
     ids = np.random.default_rng(0).permutation(length)[None]
@@ -218,6 +218,7 @@ OBJECTIVES = {
     "label": {"tail": "label"},
     "drop": {"tail": "drop"},
     "reverse": {"tail": "renormalize", "divergence": "reverse_kl"},
+    "reverse, bucket": {"tail": "bucket", "divergence": "reverse_kl"},
     "jsd": {"tail": "bucket", "divergence": "jsd"},
 }
 

@@ -180,12 +180,12 @@ class PackedCodec:
 
 @dataclass(frozen=True)
 class LogProbs:
-    """12 bits for each of the 16 largest of a row, which carry most of its mass, 4 for the others.
+    """12 bits for each of the 10 largest of a row, which carry most of its mass, 5 for the others.
 
-    The list holds the 12 bits of the 16 largest of each row, or of all entries of a row that has
+    The list holds the 12 bits of the 10 largest of each row, or of all entries of a row that has
     no more, and after these the lowest of each longer row. Before the list, each entry of a longer
-    row has a code of 4 bits: 15, its value is in the list; 0, its value is -inf; c from 1 to 14,
-    its value is `high - (high - low) * (c - 1/2) / 14`, with high the row's smallest in the list
+    row has a code of 5 bits: 31, its value is in the list; 0, its value is -inf; c from 1 to 30,
+    its value is `high - (high - low) * (c - 1/2) / 30`, with high the row's smallest in the list
     and low its smallest finite one.
     """
 
@@ -208,12 +208,15 @@ class LogProbs:
         coarse = np.full(log_probs.size, _IN_LIST)
         coarse[~listed] = np.where(infinite, 0, 1 + steps.astype(np.int64))
         in_long = np.repeat(lengths > _NUM_LISTED, lengths)
-        return [pack(coarse[in_long], 4), pack(np.concatenate([fine, low]), 12)]
+        return [pack(coarse[in_long], _CODE_BITS), pack(np.concatenate([fine, low]), 12)]
 
     def sizes(self, lengths: Array) -> list[int]:
         num_long = int((lengths > _NUM_LISTED).sum())
         num_coarse = int(lengths[lengths > _NUM_LISTED].sum())
-        return [num_bytes(4 * num_coarse), num_bytes(12 * (_num_listed(lengths) + num_long))]
+        return [
+            num_bytes(_CODE_BITS * num_coarse),
+            num_bytes(12 * (_num_listed(lengths) + num_long)),
+        ]
 
     def decode(self, arrays: list[Array], lengths: Array) -> Array:
         is_long = lengths > _NUM_LISTED
@@ -222,7 +225,7 @@ class LogProbs:
         fine, low = np.split(_from_12_bits(codes), [num_listed])
         in_long = np.repeat(is_long, lengths)
         coarse = np.full(in_long.size, _IN_LIST)
-        coarse[in_long] = unpack(arrays[0], 4, int(in_long.sum()))
+        coarse[in_long] = unpack(arrays[0], _CODE_BITS, int(in_long.sum()))
         listed = coarse == _IN_LIST
         if listed.sum() != num_listed:
             raise ValueError(f"expected {num_listed} log-probs in the list, got {listed.sum()}")
@@ -284,11 +287,12 @@ def _from_float16_bits(bits: Array) -> Array:
     return log_probs
 
 
-_NUM_LISTED = 16
-_IN_LIST = 15
-_NUM_STEPS = 14
-# The middle of each of the 14 steps from high to low, at its code.
-_LEVELS = ((np.arange(16) - 0.5) / _NUM_STEPS).astype(np.float32)
+_NUM_LISTED = 10
+_CODE_BITS = 5
+_IN_LIST = 31
+_NUM_STEPS = 30
+# The middle of each of the 30 steps from high to low, at its code.
+_LEVELS = ((np.arange(32) - 0.5) / _NUM_STEPS).astype(np.float32)
 
 # A log-prob x in 12 bits: the float32 of 1/32 - x without its sign and its last 15 bits, counted
 # from that of 1/32. So a step is 2^-13 near 0, a 256th of x's power of two beyond, and the lowest

@@ -94,7 +94,7 @@ class Manifest:
     def _value_type(self) -> str:
         if self.codec == "raw":
             return "float16"
-        return "count" if self.selection["kind"] == "sample" else "12 and 4 bits"
+        return "count" if self.selection["kind"] == "sample" else "12 and 5 bits"
 
     @property
     def ragged(self) -> bool:
