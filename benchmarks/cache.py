@@ -1,6 +1,6 @@
 """Bytes, writing and reading of each codec and selection, beside JSONL as NeMo-Aligner lays it out.
 
-    python benchmarks/cache.py --cache CACHE      # a raw cache of K = 100 or more: its rows
+    python benchmarks/cache.py --cache CACHE      # the rows of a raw cache of K = 100 or more
     python benchmarks/cache.py [--small]          # synthetic rows, V = 128,256, random ids
 
 All formats hold the same samples, in one run on one core. Times are this process's. Bytes are those
@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache
 
 K = 100
 NUM_DRAWS = 50
+NUM_SUPERVISED = 64  # tokens a sample, of an answer of ordinary length
 _NUM_READS = 128
 SELECTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"kind": "top_k", "k": K, "temperature": 1.0},
@@ -46,7 +47,7 @@ def main() -> None:
     else:
         cache = TopKCache.open(arguments.cache)
         vocab_size = cache.manifest.vocab_size
-        samples = [cache[number] for number in range(min(len(cache), num_samples))]
+        samples = list(islice(_joined(cache), num_samples))
     num_rows = sum(len(sample.topk_ids) for sample in samples)
     print(f"{len(samples)} samples, {num_rows} supervised tokens, V = {vocab_size:,}, K = {K}\n")
     columns = ("", "bytes a token", "entries a row", "written, rows/s", "read at random, rows/s")
@@ -184,17 +185,28 @@ def _parse(line: bytes) -> Sample:
     )
 
 
+def _joined(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Of 64 supervised tokens or more, as long answers have: short ones in a row become one."""
+    parts: list[Sample] = []
+    for sample in samples:
+        parts.append(sample)
+        if sum(len(part.topk_ids) for part in parts) >= NUM_SUPERVISED:
+            *arrays, context_lengths = zip(*parts, strict=True)
+            yield Sample(*map(np.concatenate, arrays), context_lengths[0])
+            parts = []
+
+
 def _synthetic(num_samples: int, vocab_size: int) -> Iterator[Sample]:
-    """64 supervised tokens a sample; ids uniformly random, the worst case of a code of ids."""
+    """Ids uniformly random, the worst case of a code of ids."""
     rng = np.random.default_rng(0)
     for _ in range(num_samples):
-        ids = np.array([rng.choice(vocab_size, K, replace=False) for _ in range(64)])
-        sharpness = rng.uniform(1, 3, (64, 1))
+        ids = np.array([rng.choice(vocab_size, K, replace=False) for _ in range(NUM_SUPERVISED)])
+        sharpness = rng.uniform(1, 3, (NUM_SUPERVISED, 1))
         logits = -sharpness * np.log(np.arange(1, 50_000))
         log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         tails = np.log(np.exp(log_probs[:, K:]).sum(axis=1))
-        tokens = rng.integers(vocab_size, size=96).astype(np.int32)
-        mask = (np.arange(96) >= 32).astype(np.uint8)
+        tokens = rng.integers(vocab_size, size=32 + NUM_SUPERVISED).astype(np.int32)
+        mask = (np.arange(tokens.size) >= 32).astype(np.uint8)
         log_probs = log_probs[:, :K].astype(np.float32)
         yield Sample(tokens, mask, ids, log_probs, tails.astype(np.float32), 32)
 

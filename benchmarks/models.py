@@ -32,6 +32,7 @@ from runs import run_example, scalars
 from nemo_kd import cpu_backend
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.writer import ShardWriter
+from nemo_kd.launch import drop_noise
 from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,7 @@ def measure_packed_rows(
     rank: int, world_size: int, path: Path, rows: list[Any]
 ) -> dict[str, tuple[float, float]]:
     """By how much loss and gradient from packed rows differ from those of float32, relatively."""
+    drop_noise()
     cache = TopKCache(path)
     student = restore(OUT / "kd.nemo")
     (module,) = student.get_model_module_list()
