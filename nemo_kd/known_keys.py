@@ -79,7 +79,9 @@ def optim_keys(optim: Mapping[str, Any]) -> Keys:
     Raises:
         ValueError: It names none that NeMo has.
     """
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
     from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
@@ -89,10 +91,12 @@ def optim_keys(optim: Mapping[str, Any]) -> Keys:
             f"model.optim.name: expected one of {', '.join(AVAILABLE_OPTIMIZERS)}, "
             f"{', '.join(GPU_OPTIMIZERS)}; got {name!r}"
         )
-    # On a CPU torch's AdamW stands in for the GPU's.
-    keys = _arguments(AVAILABLE_OPTIMIZERS.get(name, torch.optim.AdamW)) - {"params"}
+    keys = set()
+    if name != "mcore_distributed_optim":  # NeMo passes that one what it picks itself
+        # on a CPU torch's AdamW stands in for the GPU's
+        keys = _arguments(AVAILABLE_OPTIMIZERS.get(name, torch.optim.AdamW)) - {"params"}
     if name in ("distributed_fused_adam", "mcore_distributed_optim"):
-        keys |= _asked_for(MegatronGPTModel, r"optim(?:_config|_kwargs)?") | _APEX_OPTIM_KEYS
+        keys |= _asked_for(MegatronGPTSFTModel, r"optim(?:_config|_kwargs)?") | _APEX_OPTIM_KEYS
     sched = optim.get("sched") or {}
     schedulers = {None: None, **AVAILABLE_SCHEDULERS}
     if sched.get("name") not in schedulers:

@@ -11,8 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from runs import EXAMPLES, load_example
 
-# what these have in a .nemo matters here alone
-CHECKPOINT = OmegaConf.create({"mcore_gpt": True, "num_layers": 2, "tokenizer": {"type": "gpt2"}})
+# the config inside a .nemo: what NeMo reads without a default is always there
+CHECKPOINT = OmegaConf.create(
+    {"mcore_gpt": True, "num_layers": 2, "tokenizer": {"library": "huggingface", "type": "gpt2"}}
+)
 GIVEN = {
     "train_kd_sft": [
         "model.restore_from_path=student.nemo",
@@ -106,7 +108,7 @@ DISTRIBUTED = ["bucket_cap_mb", "overlap_grad_sync", "overlap_param_sync", "grad
                 "+model.ub_tp_comm_overlap=true",  # NeMo's own
                 "+model.dist_ckpt_format=torch_dist",  # of NeMo's checkpoints
                 "+model.native_amp_init_scale=1024",  # of NeMo's trainer builder
-                "+model.tokenizer.library=huggingface",
+                "+model.tokenizer.type=elsewhere",
                 "+model.tokenizer.use_fast=true",
             ],
         ),

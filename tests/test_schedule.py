@@ -98,7 +98,10 @@ def test_weights_may_pass_through_0_one_after_the_other() -> None:
 def test_a_run_follows_its_schedules(
     nemos: dict[str, Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step sees all ten samples and lr=0 keeps the student: the objective alone moves."""
+    """Each step sees all ten samples and lr=0 keeps the student: the objective alone moves.
+
+    (NeMo's order is epoch by epoch but for a remainder that its seed puts at the end here.)
+    """
     monkeypatch.setenv("WANDB_MODE", "offline")
     output = run_example(
         "train_kd_sft.py",
