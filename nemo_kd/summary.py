@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+TRAINED = ("reduced_train_loss", "kd_loss", "sft_loss", "top1_agreement")
+
 
 class ClosingSummary(Callback):
     """Measures a training run; `report` says what it did.
@@ -42,13 +44,16 @@ class ClosingSummary(Callback):
         """What was done, the last metrics, and where the weights lie; after fit and the save."""
         steps = trainer.global_step - self._first_step if self._lines else 0
         lines = [f"trained {steps:,} steps, to step {trainer.global_step:,}", *self._lines]
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for name in ("reduced_train_loss", "kd_loss", "sft_loss", *sorted(metrics)):
-            if name in metrics and (name.startswith("validation_") or "loss" in name):
-                lines.append(f"{name}: {metrics.pop(name):.5g}")
-        checkpoints = trainer.checkpoint_callback
-        for kind in ("best", "last") if checkpoints is not None else ():
-            path = getattr(checkpoints, f"{kind}_model_path")
-            lines += [f"{kind} checkpoint: {path}"] if path else []
-        lines += [f".nemo: {save_to}"] if save_to is not None else []
+        metrics = trainer.callback_metrics
+        validated = [name for name in metrics if name.startswith("validation_")]
+        for title, names in (("training", TRAINED), ("validation", validated)):
+            values = [f"{name} {metrics[name].item():.5g}" for name in names if name in metrics]
+            lines += [f"{title}: {', '.join(values)}"] if values else []
+        callback = trainer.checkpoint_callback
+        paths = {
+            "best checkpoint": getattr(callback, "best_model_path", None),
+            "last checkpoint": getattr(callback, "last_model_path", None),
+            ".nemo": save_to,
+        }
+        lines += [f"{name}: {path}" for name, path in paths.items() if path]
         return "\n  ".join(lines)
