@@ -19,7 +19,7 @@ from nemo_kd.cpu_backend import GPU_OPTIMIZERS
 
 Keys = dict[str, Any]
 
-# Of NeMo's YAML for its distributed optimizers; read by Apex, which is not everywhere to be asked.
+# Of NeMo's YAML for distributed_fused_adam; Apex, which reads them, is not everywhere to be asked.
 _APEX_OPTIM_KEYS = {"bucket_cap_mb", "contiguous_param_buffer"}
 
 
@@ -91,11 +91,12 @@ def optim_keys(optim: Mapping[str, Any]) -> Keys:
             f"model.optim.name: expected one of {', '.join(AVAILABLE_OPTIMIZERS)}, "
             f"{', '.join(GPU_OPTIMIZERS)}; got {name!r}"
         )
-    keys = set()
-    if name != "mcore_distributed_optim":  # NeMo passes that one what it picks itself
+    if name == "mcore_distributed_optim":  # which NeMo gives what it picks, and refuses no other
+        keys = _asked_for(MegatronGPTSFTModel, r"optim(?:_config)?")
+    else:
         # on a CPU torch's AdamW stands in for the GPU's
         keys = _arguments(AVAILABLE_OPTIMIZERS.get(name, torch.optim.AdamW)) - {"params"}
-    if name in ("distributed_fused_adam", "mcore_distributed_optim"):
+    if name == "distributed_fused_adam":
         keys |= _asked_for(MegatronGPTSFTModel, r"optim(?:_config|_kwargs)?") | _APEX_OPTIM_KEYS
     sched = optim.get("sched") or {}
     schedulers = {None: None, **AVAILABLE_SCHEDULERS}
