@@ -39,11 +39,11 @@ def check_of(name: str) -> Callable[[DictConfig], Any]:
 
         return partial(check_settings, teacher=CHECKPOINT)
 
-    example = load_example(name)
+    convert = getattr(load_example(name), name)
 
     def check(config: DictConfig) -> None:
         with pytest.raises(ValueError) as error:
-            example.import_hf_llama(config)
+            convert(config)
         if "found no nowhere" not in str(error.value):
             raise error.value
 
