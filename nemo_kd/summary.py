@@ -1,6 +1,7 @@
 """What a run did, in a few lines at its end."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -11,7 +12,8 @@ TRAINED = ("reduced_train_loss", "kd_loss", "sft_loss", "top1_agreement")
 class ClosingSummary(Callback):
     """Measures a training run; `report` says what it did.
 
-    Tokens are those of the samples, without padding. The rate leaves validation out.
+    Tokens are those of the samples, without padding; a pack of samples counts as one. The rate
+    leaves out validation and the checkpoints that follow it.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class ClosingSummary(Callback):
         self._lines = [
             f"{consumed['samples']:,} samples, {consumed['tokens']:,} tokens, "
             f"{consumed['supervised_tokens']:,} of them supervised",
-            f"{total_s:,.1f} s, {self._validation_s:,.1f} s of them validation; "
+            f"{total_s:,.1f} s, {self._validation_s:,.1f} s of them validation and checkpoints; "
             f"{rate:,.0f} tokens/s in training",
         ]
 
@@ -44,16 +46,29 @@ class ClosingSummary(Callback):
         """What was done, the last metrics, and where the weights lie; after fit and the save."""
         steps = trainer.global_step - self._first_step if self._lines else 0
         lines = [f"trained {steps:,} steps, to step {trainer.global_step:,}", *self._lines]
-        metrics = trainer.callback_metrics
-        validated = [name for name in metrics if name.startswith("validation_")]
-        for title, names in (("training", TRAINED), ("validation", validated)):
-            values = [f"{name} {metrics[name].item():.5g}" for name in names if name in metrics]
-            lines += [f"{title}: {', '.join(values)}"] if values else []
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        training = {name: metrics[name] for name in TRAINED if name in metrics}
+        prefix = "validation_"
+        validation = {
+            name.removeprefix(prefix): value
+            for name, value in metrics.items()
+            if name.startswith(prefix)
+        }
+        for title, values in (("training", training), ("validation", validation)):
+            if values:
+                shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+                lines.append(f"{title}: {shown}")
         callback = trainer.checkpoint_callback
         paths = {
-            "best checkpoint": getattr(callback, "best_model_path", None),
-            "last checkpoint": getattr(callback, "last_model_path", None),
+            "best checkpoint": _on_disk(getattr(callback, "best_model_path", "")),
+            "last checkpoint": _on_disk(getattr(callback, "last_model_path", "")),
             ".nemo": save_to,
         }
         lines += [f"{name}: {path}" for name, path in paths.items() if path]
         return "\n  ".join(lines)
+
+
+def _on_disk(checkpoint: str) -> str:
+    """NeMo names a distributed checkpoint as a file; it is a directory without the suffix."""
+    directory = checkpoint.removesuffix(".ckpt")
+    return directory if Path(directory).is_dir() else checkpoint

@@ -151,7 +151,7 @@ def test_a_run_follows_its_schedules(
     assert "trained 5 steps, to step 5" in output
     assert f"50 samples, {5 * num_tokens:,} tokens, {5 * num_supervised:,} of them" in output
     assert f"sft_loss {curves['sft_loss'][-1]:.5g}" in output
-    assert f"validation_loss {curves['validation_loss'][-1]:.5g}" in output
+    assert f"sft_loss_dataloader0 {curves['validation_loss'][-1]:.5g}" in output
     assert f".nemo: {tmp_path / 'kd.nemo'}" in output
     bar = output.replace("\r", "\n").splitlines()
     assert any("kd_loss=" in line and "sft_loss=" in line for line in bar), "the progress bar"
