@@ -85,12 +85,9 @@ def optim_keys(optim: Mapping[str, Any]) -> Keys:
     from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
-    name = optim.get("name")
-    if name not in (*AVAILABLE_OPTIMIZERS, *GPU_OPTIMIZERS):
-        raise ValueError(
-            f"model.optim.name: expected one of {', '.join(AVAILABLE_OPTIMIZERS)}, "
-            f"{', '.join(GPU_OPTIMIZERS)}; got {name!r}"
-        )
+    name, optimizers = optim.get("name"), sorted({*AVAILABLE_OPTIMIZERS, *GPU_OPTIMIZERS})
+    if name not in optimizers:
+        raise ValueError(f"model.optim.name: expected one of {', '.join(optimizers)}; got {name!r}")
     if name == "mcore_distributed_optim":  # which NeMo gives what it picks, and refuses no other
         keys = _asked_for(MegatronGPTSFTModel, r"optim(?:_config)?")
     else:
