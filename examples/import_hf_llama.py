@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd import cpu_backend
+from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.launch import (
     build_trainer,
     drop_noise,
@@ -218,6 +219,7 @@ def for_spec(name: str, names: set[str]) -> str:
 
 def import_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/import_hf_llama.yaml."""
+    refuse_unknown_keys(config, dict.fromkeys(("source", "output", "keep_layers")))
     output = Path(config.output).absolute()
     if output.suffix != ".nemo":
         raise ValueError(f"output: expected a path that ends in .nemo, got {config.output}")

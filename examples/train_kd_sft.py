@@ -7,17 +7,21 @@ conf/train_kd_sft.yaml lists every key. model.knowledge_distillation.kd_loss_wei
 sft_loss_weight=1 is plain SFT on the same samples.
 """
 
-from dataclasses import fields
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.known_keys import exp_manager_keys, model_keys, optim_keys, trainer_keys
 from nemo_kd.launch import (
     build_trainer,
+    check_layout,
+    check_sequence_length,
     initialize_model_parallel,
     prepare_accelerator,
     read_model_config,
@@ -28,19 +32,51 @@ from nemo_kd.launch import (
 CONFIG_FILE = Path(__file__).parent / "conf" / "train_kd_sft.yaml"
 
 
-def check_settings(config: DictConfig, model_keys: set[str]) -> None:
+def check_settings(config: DictConfig, student: DictConfig) -> None:
     """Check the objective, and refuse keys of a preset or a + override that nothing reads.
 
-    trainer, exp_manager and model.optim are refused by Lightning, NeMo and the optimizer.
+    Args:
+        config: The run's, as it was given.
+        student: The config inside the student's .nemo.
+
+    Raises:
+        ValueError: There is such a key, or the objective has no meaning.
     """
-    known = OmegaConf.load(CONFIG_FILE)
-    refuse_unknown_keys(config, known, "config")
+    known: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_FILE))
+    del known["defaults"], known["hydra"]  # read by Hydra before
+    known["trainer"] = trainer_keys()
+    known["exp_manager"] = exp_manager_keys()
+    known["model"] = model_keys(student) | known["model"]
+    known["model"]["optim"] = optim_keys(config.model.optim)
+    known["model"]["knowledge_distillation"] = None  # a value of it may be a schedule
+    refuse_unknown_keys(config, known)
     objective = config.model.get("knowledge_distillation", {})
     read_settings(DistillationConfig, objective, "model.knowledge_distillation")
-    refuse_unknown_keys(config.model, set(known.model) | model_keys, "model")
-    refuse_unknown_keys(config.model.data, known.model.data, "model.data")
+    wants_wandb = (config.exp_manager or {}).get("create_wandb_logger", False)
+    if wants_wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb, or "
+            "set it to false"
+        )
+
+
+def check_batches(model: DictConfig, num_processes: int) -> None:
+    """Check the student's layout and its batches against each other.
+
+    Raises:
+        ValueError: The parallel sizes do not divide the model, or micro batches on all replicas
+            not a global batch; or sequences are longer than the student's.
+    """
+    num_replicas = check_layout(model, num_processes, "model")
     for name in ("train_ds", "validation_ds"):
-        refuse_unknown_keys(config.model.data[name], known.model.data[name], f"model.data.{name}")
+        dataset, key = model.data[name], f"model.data.{name}"
+        if dataset.global_batch_size % (dataset.micro_batch_size * num_replicas):
+            raise ValueError(
+                f"expected {key}.global_batch_size divisible by its micro_batch_size "
+                f"{dataset.micro_batch_size} x data-parallel size {num_replicas}, got "
+                f"{dataset.global_batch_size}"
+            )
+        check_sequence_length(model, "model", dataset.max_seq_length, f"{key}.max_seq_length")
 
 
 def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
@@ -63,21 +99,21 @@ def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
 
 
 def train_kd_sft(config: DictConfig) -> None:
+    student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
+    check_settings(config, student)  # before a CPU takes the place of what it cannot do
     prepare_accelerator(config)
     validates = config.trainer.max_steps == 0
     if validates and config.exp_manager is not None:
         # of model.restore_from_path, not of the checkpoint of an earlier run
         config.exp_manager.resume_if_exists = False
-    student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
-    from megatron.core.transformer import TransformerConfig
+    model_config = merge_model_config(config, student)
     from nemo.utils.exp_manager import exp_manager
 
-    model_keys = {field.name for field in fields(TransformerConfig)} | set(student)
-    check_settings(config, model_keys)
-    model_config = merge_model_config(config, student)
     from nemo_kd.model import MegatronGPTSFTKDModel
+    from nemo_kd.summary import ClosingSummary
 
     trainer = build_trainer(config)
+    check_batches(model_config, trainer.world_size)
     exp_manager(trainer, config.exp_manager)
     initialize_model_parallel(trainer, model_config)
     model = MegatronGPTSFTKDModel.restore_from(
@@ -86,11 +122,15 @@ def train_kd_sft(config: DictConfig) -> None:
     if validates:
         trainer.validate(model)
         return
+    summary = ClosingSummary()
+    trainer.callbacks.append(summary)
     trainer.fit(model)
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)
         save_nemo(model, config.save_to)
+    if torch.distributed.get_rank() == 0:
+        print(summary.report(trainer, config.save_to))
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train_kd_sft")

@@ -1,10 +1,11 @@
 """Typed settings out of Hydra's YAML, checked when read: a key that nothing reads is an error."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -95,25 +96,92 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class DistillationConfig(KDLossConfig):
-    """The student's `model.knowledge_distillation`: the objective, and how it is computed.
+class Schedule:
+    """A number that changes with the global step: from start, at step 0, to end, at `steps`.
+
+    constant keeps start until then; cosine is half a wave. From `steps` on it is end.
 
     Raises:
-        ValueError: as KDLossConfig; or logits_gather=full with the output layer fused in.
+        ValueError: No such schedule, a missing number, or steps that are not positive.
     """
 
+    schedule: str = ""
+    start: float = math.nan
+    end: float = math.nan
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"expected schedule constant, linear or cosine, got {self.schedule!r}")
+        for name in ("start", "end"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"expected {name}, a finite number, got {getattr(self, name)}")
+        if self.steps < 1:
+            raise ValueError(f"expected steps >= 1, got {self.steps}")
+
+    def at(self, step: int) -> float:
+        """The value that the optimizer step after `step` others is taken with."""
+        if step >= self.steps:
+            return self.end
+        share = {
+            "constant": 0.0,
+            "linear": step / self.steps,
+            "cosine": (1 - math.cos(math.pi * step / self.steps)) / 2,
+        }[self.schedule]
+        return (1 - share) * self.start + share * self.end
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """The student's `model.knowledge_distillation`: KDLossConfig over time, and how it is computed.
+
+    Raises:
+        ValueError: as KDLossConfig, at any step; a schedule of the temperature with a tail that
+            takes the teacher as stored; logits_gather=full with the output layer fused in.
+    """
+
+    divergence: str = "forward_kl"
+    tail: str = "renormalize"
+    temperature: float | Schedule = 1.0
+    jsd_beta: float = 0.5
+    kd_loss_weight: float | Schedule = 1.0
+    sft_loss_weight: float | Schedule = 0.4
+    logits_gather: str = "topk"
     fuse_output_layer: bool = False  # never hold the logits: less memory, some more time
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # Within a schedule's range no value leaves the interval of its ends, and where two
+        # weights are 0 at once they are so at step 0 or where a schedule ends.
+        ends = [value.steps for value in vars(self).values() if isinstance(value, Schedule)]
+        for step in (0, *ends):
+            try:
+                self.at(step)
+            except ValueError as error:
+                raise ValueError(f"{error} (at step {step})" if ends else str(error)) from error
+        if isinstance(self.temperature, Schedule) and self.tail != "renormalize":
+            raise ValueError(
+                f"expected tail=renormalize with a schedule of the temperature, got {self.tail}, "
+                "which takes the teacher as stored, at the one temperature of its dump; set "
+                "tail=renormalize, or temperature to the dump's"
+            )
         if self.fuse_output_layer and self.logits_gather == "full":
             raise ValueError(
                 "expected logits_gather=topk with fuse_output_layer=true, which never holds the "
                 "logits, got full; set one of the two otherwise"
             )
 
+    def at(self, step: int) -> KDLossConfig:
+        """The objective of the optimizer step after `step` others: schedules as their numbers."""
+        values: dict[str, Any] = {}
+        for field in fields(KDLossConfig):
+            value = getattr(self, field.name)
+            values[field.name] = value.at(step) if isinstance(value, Schedule) else value
+        return KDLossConfig(**values)
 
-Settings = TypeVar("Settings", DistillationConfig, SelectionConfig, DataConfig, CacheConfig)
+
+Settings = TypeVar(
+    "Settings", Schedule, DistillationConfig, SelectionConfig, DataConfig, CacheConfig
+)
 
 
 def read_settings(
@@ -129,9 +197,12 @@ def read_settings(
         ValueError: A key that `cls` lacks, a value of another type, or one out of its range.
     """
     values = _plain(section)
-    refuse_unknown_keys(values, [field.name for field in fields(cls)], where)
+    refuse_unknown_keys(values, dict.fromkeys(field.name for field in fields(cls)), where)
     for field in fields(cls):
         default, value = field.default, values.get(field.name, field.default)
+        if isinstance(value, Mapping) and Schedule in get_args(field.type):
+            values[field.name] = read_settings(Schedule, value, f"{where}.{field.name}")
+            continue
         if isinstance(default, float) and type(value) is int:
             value = float(value)
         elif isinstance(default, tuple) and isinstance(value, list):
@@ -146,18 +217,30 @@ def read_settings(
         raise ValueError(f"{where}: {error}") from error
 
 
-def refuse_unknown_keys(section: Iterable[Any], known: Iterable[str], where: str) -> None:
+def refuse_unknown_keys(
+    section: Mapping[str, Any], known: Mapping[str, Any], where: str = ""
+) -> None:
     """Refuse the first key of `section` that is not `known`, and name the nearest that is.
+
+    Args:
+        section: Part of the YAML, with its own sections.
+        known: Its keys. Where both have a mapping, its keys are checked in turn; any other value
+            of `known` says that the key is read, whatever is in it.
+        where: The section's path in the YAML, for the error; empty for the whole.
 
     Raises:
         ValueError: There is such a key.
     """
-    known = list(known)
     for key in section:
+        path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {where}.{near[0]}?" if near else ""
-            raise ValueError(f"{where}.{key} is a key that nothing reads{hint}")
+            near = difflib.get_close_matches(str(key), map(str, known), n=1)
+            hint = f"; did you mean {path.removesuffix(str(key))}{near[0]}?" if near else ""
+            raise ValueError(f"{path} is a key that nothing reads{hint}")
+        if isinstance(known[key], Mapping):
+            value = section[key]
+            if isinstance(value, Mapping):
+                refuse_unknown_keys(value, known[key], path)
 
 
 def _plain(section: Any) -> dict[str, Any]:

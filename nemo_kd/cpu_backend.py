@@ -9,6 +9,7 @@ a machine that has a GPU, where the unpatched code must run.
 """
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -34,7 +35,12 @@ MODEL_OVERRIDES: dict[str, Any] = {
     "get_attention_mask_from_fusion": True,
 }
 
-GPU_OPTIMIZERS = ("fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+GPU_OPTIMIZERS = (
+    "fused_adam",
+    "megatron_fused_adam",
+    "distributed_fused_adam",
+    "mcore_distributed_optim",
+)
 
 _enabled = False
 
@@ -112,10 +118,11 @@ def prepare_trainer_config(config: DictConfig) -> None:
         config.trainer.precision = 32  # no mixed precision without a GPU
         optim = config.get("model", {}).get("optim")
         if optim is not None and optim.name in GPU_OPTIMIZERS:
-            # the same AdamW step, from torch
-            config.model.optim = {
-                key: optim[key] for key in ("lr", "weight_decay", "betas", "sched") if key in optim
-            } | {"name": "adamw"}
+            # the same AdamW step, from torch; what is left out spreads it over GPUs
+            taken = {"sched", *inspect.signature(torch.optim.AdamW).parameters}
+            config.model.optim = {key: optim[key] for key in optim if key in taken} | {
+                "name": "adamw"
+            }
         if config.get("exp_manager") is not None:
             config.exp_manager.log_tflops_per_sec_per_gpu = False
 

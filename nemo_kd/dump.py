@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import torch
 import xxhash
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
@@ -39,8 +38,11 @@ from nemo_kd.cache import CacheWriter, Manifest, SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.dataset import tokenizer_fingerprint
+from nemo_kd.known_keys import model_keys, trainer_keys
 from nemo_kd.launch import (
     build_trainer,
+    check_layout,
+    check_sequence_length,
     initialize_model_parallel,
     prepare_accelerator,
     read_model_config,
@@ -76,12 +78,10 @@ def dump_teacher_topk(config: DictConfig) -> None:
         ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
             cache held stays.
     """
-    refuse_unknown_keys(config, ("teacher", "data", "selection", "cache", "trainer"), "config")
-    data = read_settings(DataConfig, config.data, "data")
-    selection = read_settings(SelectionConfig, config.selection, "selection")
-    cache = read_settings(CacheConfig, config.cache, "cache")
+    teacher = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
+    data, selection, cache = check_settings(config, teacher)
     prepare_accelerator(config)
-    teacher_config = _read_teacher_config(config, data)
+    teacher_config = _merge_teacher_config(config, teacher, data)
     run = OmegaConf.create(
         {
             "trainer": config.trainer,
@@ -90,13 +90,10 @@ def dump_teacher_topk(config: DictConfig) -> None:
         }
     )
     trainer = build_trainer(run)
-    replica_size = (
-        teacher_config.tensor_model_parallel_size * teacher_config.pipeline_model_parallel_size
-    )
+    num_replicas = check_layout(teacher_config, trainer.world_size, "teacher")
+    check_sequence_length(teacher_config, "teacher", data.max_seq_length, "data.max_seq_length")
     with open_dict(teacher_config):  # NeMo's count of micro batches; this run does not use it
-        teacher_config.global_batch_size = data.micro_batch_size * max(
-            1, trainer.world_size // replica_size
-        )
+        teacher_config.global_batch_size = data.micro_batch_size * num_replicas
     initialize_model_parallel(trainer, teacher_config)
     # gloo, whose time-out is this job's own: NCCL's is shorter than a long file takes to read, or
     # than the wait for a shard that another job holds.
@@ -138,6 +135,33 @@ def dump_teacher_topk(config: DictConfig) -> None:
     except RuntimeError:  # a rank of the replica, or a worker that tokenises, was stopped before
         stop.check()
         raise
+
+
+def check_settings(
+    config: DictConfig, teacher: DictConfig
+) -> tuple[DataConfig, SelectionConfig, CacheConfig]:
+    """Read the sections that are this package's own, and refuse keys that nothing reads.
+
+    Args:
+        config: The run's, as it was given.
+        teacher: The config inside the teacher's .nemo.
+
+    Raises:
+        ValueError: There is such a key, or a setting does not fit.
+    """
+    known = {
+        "teacher": model_keys(teacher) | {"restore_from_path": None},
+        "trainer": trainer_keys(),
+        "data": None,  # the three check their own
+        "selection": None,
+        "cache": None,
+    }
+    refuse_unknown_keys(config, known)
+    return (
+        read_settings(DataConfig, config.data, "data"),
+        read_settings(SelectionConfig, config.selection, "selection"),
+        read_settings(CacheConfig, config.cache, "cache"),
+    )
 
 
 def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
@@ -427,12 +451,11 @@ def _build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> C
     return ConcatDataset(datasets)
 
 
-def _read_teacher_config(config: DictConfig, data: DataConfig) -> DictConfig:
-    teacher = config.teacher
-    model_config = read_model_config(teacher.restore_from_path, "teacher.restore_from_path")
-    known = {field.name for field in fields(TransformerConfig)} | set(model_config)
-    overrides = {key: value for key, value in teacher.items() if key != "restore_from_path"}
-    refuse_unknown_keys(overrides, known | {"megatron_amp_O2"}, "teacher")
+def _merge_teacher_config(
+    config: DictConfig, model_config: DictConfig, data: DataConfig
+) -> DictConfig:
+    """The .nemo's config, changed in place to what the run asks for and a forward pass needs."""
+    overrides = {key: value for key, value in config.teacher.items() if key != "restore_from_path"}
     with open_dict(model_config):
         model_config.update(overrides)
         model_config.precision = config.trainer.precision

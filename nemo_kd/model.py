@@ -32,6 +32,7 @@ KD_TERMS = (
     "teacher_entropy",
     "top1_agreement",
 )
+SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
 
 
 class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
@@ -41,18 +42,20 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     `data.validation_ds.file_names`. `knowledge_distillation` in the config holds
     DistillationConfig's fields. Logged beside what NeMo logs: kd_loss, sft_loss and the loss's
     metrics in training, and in validation `validation_<name>_<set>`; val_loss and validation_loss
-    stay the cross entropy.
+    stay the cross entropy. So are the weights and the temperature of each step.
 
     The checkpoints are those of MegatronGPTSFTModel, which restores them.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
-        self.kd_config = read_settings(
+        self.distillation = read_settings(
             DistillationConfig,
             cfg.get("knowledge_distillation", {}),
             "model.knowledge_distillation",
         )
+        self.kd_config = self.distillation.at(0)  # the objective of the step at hand
         super().__init__(cfg, trainer=trainer)
+        self.consumed = Consumed()
         self._validating = False
         self._teacher_rows: dict[str, Tensor] = {}  # of the micro batch in the forward pass
         self._loss_mask = self._num_tokens = torch.empty(0)  # its mask [B, S] and the ones in it
@@ -68,7 +71,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if post_process:
             cross_entropy = model.compute_language_model_loss
             model.compute_language_model_loss = partial(self._token_losses, cross_entropy)
-            if self.kd_config.fuse_output_layer:
+            if self.distillation.fuse_output_layer:
                 layer = model.output_layer
                 if type(layer) is not ColumnParallelLinear:
                     raise ValueError(
@@ -219,14 +222,22 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
         return loss
 
+    def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
+        batch, _, _ = next(dataloader_iter)  # as NeMo's fwd_bwd_step would take it
+        self.consumed.add(batch)
+        return super().training_step_fwd_bwd_step_call(iter([batch]), forward_only)
+
     def fwd_bwd_step(
         self, dataloader_iter: Any, forward_only: bool, first_val_step: bool | None = None
     ) -> Any:
         self._validating = forward_only
         self._terms = _MeanTerms()
+        # The trainer's step is restored with a checkpoint, and moves on after all micro batches.
+        self.kd_config = self.distillation.at(self.trainer.global_step)
         loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if not forward_only:
-            for name, value in self._terms.means().items():
+            scheduled = {name: getattr(self.kd_config, name) for name in SCHEDULED}
+            for name, value in (self._terms.means() | scheduled).items():
                 shown = name in ("kd_loss", "sft_loss")
                 self.log(name, value, prog_bar=shown, rank_zero_only=True, batch_size=1)
         return loss
@@ -245,6 +256,29 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 self.log(key, value, rank_zero_only=True, batch_size=1)
         self._validation_terms.clear()
         return super().inference_epoch_end(outputs, mode, data_cfg)
+
+
+class Consumed:
+    """What this process has trained on: counted on the host, as its batches come."""
+
+    names = ("samples", "tokens", "supervised_tokens")
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(len(self.names), dtype=torch.int64)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Count a batch of NeMo's collate_fn, this replica's share of a global batch."""
+        lengths = batch["token_count"]  # without padding
+        self._counts += torch.tensor([len(lengths), sum(lengths), int(batch["loss_mask"].sum())])
+
+    def totals(self) -> dict[str, int]:
+        """The sums over the student's replicas, on every rank.
+
+        Ranks of one replica (tensor, pipeline and context parallel) had the same batches.
+        """
+        counts = self._counts.to(torch.cuda.current_device())
+        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 class _MeanTerms:

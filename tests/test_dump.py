@@ -181,12 +181,14 @@ def test_nemos_own_trainer_takes_the_teachers_config(
     from omegaconf import OmegaConf
 
     from nemo_kd.config import DataConfig
-    from nemo_kd.dump import _read_teacher_config
+    from nemo_kd.dump import _merge_teacher_config
+    from nemo_kd.launch import read_model_config
 
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         arguments = dump_arguments(nemos["untied"], tmp_path, tmp_path, "trainer.accelerator=gpu")
         config = compose("dump_teacher_topk", arguments)
-    model = _read_teacher_config(config, DataConfig(file_names=("a",)))
+    teacher = read_model_config(str(nemos["untied"]), "teacher.restore_from_path")
+    model = _merge_teacher_config(config, teacher, DataConfig(file_names=("a",)))
     run = OmegaConf.create({"trainer": config.trainer, "model": model, "exp_manager": {}})
     asked = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -208,6 +210,7 @@ BAD = {
     "no GPU": (["trainer.accelerator=gpu"], "torch sees no CUDA device"),
     "misspelt key": (["selektion.k=4"], "selektion"),
     "misspelt key with +": (["+data.max_seq_lenght=4"], "did you mean data.max_seq_length?"),
+    "longer than the teacher's": (["data.max_seq_length=129"], "at most the model's 128 positions"),
     "wrong type": (["selection.k=many"], "selection.k: expected int, got 'many'"),
     "processes that do not divide": (["teacher.tensor_model_parallel_size=3"], "got 1"),
 }

@@ -1,0 +1,74 @@
+"""What a run did, in a few lines at its end."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+TRAINED = ("reduced_train_loss", "kd_loss", "sft_loss", "top1_agreement")
+
+
+class ClosingSummary(Callback):
+    """Measures a training run; `report` says what it did.
+
+    Tokens are those of the samples, without padding; a pack of samples counts as one. The rate
+    leaves out validation and the checkpoints that follow it.
+    """
+
+    def __init__(self) -> None:
+        self._first_step = 0
+        self._start_s = self._validation_start_s = self._validation_s = 0.0
+        self._lines: list[str] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._first_step = trainer.global_step
+        self._start_s, self._validation_s = time.monotonic(), 0.0
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._validation_start_s = time.monotonic()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._validation_s += time.monotonic() - self._validation_start_s
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        consumed = pl_module.consumed.totals()  # waits for the last step, on a GPU too
+        total_s = time.monotonic() - self._start_s
+        rate = consumed["tokens"] / (total_s - self._validation_s)
+        self._lines = [
+            f"{consumed['samples']:,} samples, {consumed['tokens']:,} tokens, "
+            f"{consumed['supervised_tokens']:,} of them supervised",
+            f"{total_s:,.1f} s, {self._validation_s:,.1f} s of them validation and checkpoints; "
+            f"{rate:,.0f} tokens/s in training",
+        ]
+
+    def report(self, trainer: Any, save_to: str | None) -> str:
+        """What was done, the last metrics, and where the weights lie; after fit and the save."""
+        steps = trainer.global_step - self._first_step if self._lines else 0
+        lines = [f"trained {steps:,} steps, to step {trainer.global_step:,}", *self._lines]
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        training = {name: metrics[name] for name in TRAINED if name in metrics}
+        prefix = "validation_"
+        validation = {
+            name.removeprefix(prefix): value
+            for name, value in metrics.items()
+            if name.startswith(prefix)
+        }
+        for title, values in (("training", training), ("validation", validation)):
+            if values:
+                shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
+                lines.append(f"{title}: {shown}")
+        callback = trainer.checkpoint_callback
+        paths = {
+            "best checkpoint": _on_disk(getattr(callback, "best_model_path", "")),
+            "last checkpoint": _on_disk(getattr(callback, "last_model_path", "")),
+            ".nemo": save_to,
+        }
+        lines += [f"{name}: {path}" for name, path in paths.items() if path]
+        return "\n  ".join(lines)
+
+
+def _on_disk(checkpoint: str) -> str:
+    """NeMo names a distributed checkpoint as a file; it is a directory without the suffix."""
+    directory = checkpoint.removesuffix(".ckpt")
+    return directory if Path(directory).is_dir() else checkpoint

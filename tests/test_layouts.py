@@ -1,0 +1,133 @@
+"""A layout, a batch or a length that does not fit the model stops with one sentence."""
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from runs import load_example
+
+from nemo_kd.launch import check_layout, check_sequence_length
+
+MODEL = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "num_layers": 6,
+    "num_attention_heads": 8,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 96,
+    "position_embedding_type": "rope",
+    "encoder_seq_length": 128,
+    "max_position_embeddings": 128,
+}
+
+
+def model(**changes: object) -> DictConfig:
+    return OmegaConf.create(MODEL | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_processes", "num_replicas"),
+    [
+        ({}, 3, 3),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}, 12, 2),
+        ({"context_parallel_size": 2}, 4, 2),
+        ({"tensor_model_parallel_size": 4, "num_query_groups": None}, 4, 1),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+            2,
+            1,
+        ),
+        # Megatron's own division of the layers
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 3}, 4, 1),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+            4,
+            1,
+        ),
+    ],
+)
+def test_what_divides_is_laid_out(
+    changes: dict[str, object], num_processes: int, num_replicas: int
+) -> None:
+    assert check_layout(model(**changes), num_processes, "model") == num_replicas
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_processes", "message"),
+    [
+        ({"tensor_model_parallel_size": 2}, 3, "processes divisible by tensor 2 x pipeline 1"),
+        ({"context_parallel_size": 2}, 1, "x context 2 parallel sizes, got 1"),
+        (
+            {"tensor_model_parallel_size": 3},
+            3,
+            "teacher.tensor_model_parallel_size to divide the model's num_attention_heads, 8, got",
+        ),
+        ({"tensor_model_parallel_size": 4}, 4, "num_query_groups, 2, got 4"),
+        ({"tensor_model_parallel_size": 2, "ffn_hidden_size": 33}, 2, "ffn_hidden_size, 33, got 2"),
+        (
+            {"pipeline_model_parallel_size": 4},
+            4,
+            "teacher.pipeline_model_parallel_size to divide the model's num_layers, 6, got 4",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            2,
+            "got 2 x virtual_pipeline_model_parallel_size 2",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused(
+    changes: dict[str, object], num_processes: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_layout(model(**changes), num_processes, "teacher")
+
+
+@pytest.mark.parametrize(
+    ("changes", "length", "message"),
+    [
+        ({}, 128, None),
+        ({}, 129, r"data.max_seq_length of at most the model's 128 positions, got 129; .*\+model"),
+        ({"encoder_seq_length": 256}, 256, None),  # told so by the user
+        ({"position_embedding_type": "learned_absolute"}, 129, "got 129; lower it$"),
+        ({"position_embedding_type": None, "encoder_seq_length": 256}, 129, "128 positions"),
+        ({"encoder_seq_length": None, "max_position_embeddings": None}, 9999, None),
+    ],
+    ids=["fits", "rotary", "extrapolates", "learned", "learned by default", "unknown"],
+)
+def test_longer_sequences_than_the_models_are_refused(
+    changes: dict[str, object], length: int, message: str | None
+) -> None:
+    def check() -> None:
+        check_sequence_length(model(**changes), "model", length, "data.max_seq_length")
+
+    if message is None:
+        return check()
+    with pytest.raises(ValueError, match=message):
+        check()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("train_ds", {}, None),
+        ("train_ds", {"micro_batch_size": 4}, "data.train_ds.global_batch_size divisible by its"),
+        (
+            "validation_ds",
+            {"global_batch_size": 10},
+            "data.validation_ds.global_batch_size .* 2 x data-parallel size 2, got 10",
+        ),
+        ("validation_ds", {"max_seq_length": 129}, "model.data.validation_ds.max_seq_length of"),
+    ],
+)
+def test_batches_fit_the_layout(name: str, changes: dict[str, int], message: str | None) -> None:
+    check_batches = load_example("train_kd_sft").check_batches
+    batch = {"global_batch_size": 12, "micro_batch_size": 2, "max_seq_length": 128}
+    data = {"train_ds": batch, "validation_ds": batch}
+    config = model(data=data | {name: batch | changes}, tensor_model_parallel_size=2)
+    if message is None:
+        return check_batches(config, 4)
+    with pytest.raises(ValueError, match=message):
+        check_batches(config, 4)
