@@ -17,7 +17,9 @@ BATCH_SIZE = 2
 def write_shorter(source: TopKCache, path: Path, num_samples: int, num_kept: int) -> TopKCache:
     """The last samples of a cache, with fewer entries in a row."""
     manifest = replace(
-        source.manifest, num_samples=num_samples, teacher_fingerprint="kept fewer entries"
+        source.manifest,
+        num_samples=num_samples,
+        selection=source.manifest.selection | {"k": num_kept},
     )
     writer = CacheWriter.open(path, manifest)
     for shard in writer.missing_shards():

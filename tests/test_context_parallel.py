@@ -1,11 +1,12 @@
-"""Context parallelism: each rank has its slices of the rows, and the run is that of one rank.
+"""Context parallelism: each rank has its slices of the rows, and a split run is the whole one."""
 
-The local attention has no context parallelism: RingAttention stands in for Transformer Engine's.
-All else is NeMo's, Megatron's and ours, on two ranks of a real context-parallel group.
-"""
-
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,12 +14,144 @@ import torch
 from distributed import run_distributed
 from runs import EXAMPLES, scalars, train_arguments
 
-SIZE = 2
 NUM_STEPS = 2
 
 
+@contextmanager
+def standing_in(rank: int, size: int) -> Iterator[None]:
+    """Megatron's groups as rank `rank` of a context-parallel group of `size` sees them."""
+    from megatron.core import parallel_state
+
+    with patch.multiple(
+        parallel_state,
+        get_context_parallel_world_size=lambda: size,
+        get_context_parallel_rank=lambda: rank,
+        is_pipeline_last_stage=lambda *_, **__: True,
+    ):
+        yield
+
+
+def on_this_rank(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model and its batch, after the steps that NeMo's forward has before the model's."""
+    from nemo_kd.model import MegatronGPTSFTKDModel, _MeanTerms
+
+    model = object.__new__(MegatronGPTSFTKDModel)
+    model._terms = _MeanTerms()
+    batch = model.get_batch(iter([batch]), tuning=True)
+    batch = {
+        name: value if isinstance(value, torch.Tensor) else None for name, value in batch.items()
+    }
+    return model, model.get_batch_on_this_context_parallel_rank(batch)
+
+
+def partitioned_indices(cu_seqlens: torch.Tensor, length: int, size: int, rank: int) -> Any:
+    """Transformer Engine's thd_get_partitioned_indices: of each sequence chunks r and -1-r."""
+    assert cu_seqlens[-1] == length
+    parts = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        chunks = torch.arange(start, end).chunk(2 * size)
+        parts += [chunks[rank], chunks[-1 - rank]]
+    return torch.cat(parts)
+
+
+def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> None:
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    from nemo_kd import cpu_backend
+    from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
+    from nemo_kd.loss import KDLossConfig
+    from nemo_kd.model import TEACHER_ROWS
+
+    cpu_backend.enable()
+    tokenizer = AutoTokenizer(str(hf_student))
+    sys.modules["transformer_engine_torch"] = SimpleNamespace(  # type: ignore[assignment]
+        thd_get_partitioned_indices=partitioned_indices
+    )
+    settings: dict[str, Any] = {"kd_config": KDLossConfig(), "get_attention_mask_from_fusion": True}
+    for size in (2, 4):
+        samples = GPTSFTKDDataset(str(cache), tokenizer, max_seq_length=48, **settings)
+        packs = GPTSFTKDPackedDataset(
+            str(cache), tokenizer, max_seq_length=96, context_parallel_size=size, **settings
+        )
+        batches = {
+            "samples": samples.collate_fn([samples[index] for index in range(len(samples))]),
+            "a pack": packs.collate_fn([packs[0]]),
+        }
+        for kind, whole in batches.items():
+            seen: list[torch.Tensor] = []
+            length = whole["tokens"].shape[1]
+            for number in range(size):
+                with standing_in(number, size):
+                    model, own = on_this_rank(dict(whole))
+                if kind == "samples":
+                    chunks = torch.arange(length).chunk(2 * size)
+                    positions = torch.cat([chunks[number], chunks[-1 - number]])
+                    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+                        torch.testing.assert_close(own[name], whole[name][:, positions])
+                else:  # NeMo slices these later
+                    bounds = whole["cu_seqlens"][0]
+                    assert (bounds[:-1] >= 0).sum() > 2, "several samples"
+                    positions = partitioned_indices(bounds[bounds >= 0], length, size, number)
+                for name in TEACHER_ROWS:
+                    torch.testing.assert_close(
+                        model._teacher_rows[name], whole[name][:, positions], msg=name
+                    )
+                mask = whole["loss_mask"][:, positions]
+                torch.testing.assert_close(model._loss_mask, mask)
+                kept = model._teacher_rows["topk_ids"] >= 0
+                torch.testing.assert_close(kept.any(-1), mask.bool(), msg="rows at their tokens")
+                assert (
+                    model._num_tokens == own["num_valid_tokens_in_ub"] == whole["loss_mask"].sum()
+                )
+                seen.append(positions)
+            assert sorted(torch.cat(seen).tolist()) == list(range(length)), "each token on one rank"
+
+
+def test_each_rank_has_its_slices(cache: Path, hf_llamas: dict[str, Path]) -> None:
+    run_distributed(check_slices, 1, cache, hf_llamas["tied"])
+
+
+def gradient_of_one(rank: int, world_size: int, size: int) -> tuple[float, bool]:
+    """What Megatron's schedule makes of the gradient of a loss whose own is 1."""
+    from megatron.core import ModelParallelConfig
+    from megatron.core.pipeline_parallel import schedules
+
+    from nemo_kd import cpu_backend
+    from nemo_kd.model import schedule_multiplies_by_context_size
+
+    class Weight(torch.nn.Module):
+        config = ModelParallelConfig()
+        model_type = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def set_input_tensor(self, _: Any) -> None:
+            pass
+
+    cpu_backend.enable()
+    model = Weight()
+    with standing_in(0, size):
+        schedules.forward_backward_no_pipelining(
+            forward_step_func=lambda _, module: (module.weight * 1, lambda loss: (loss, {})),
+            data_iterator=None,
+            model=model,
+            num_microbatches=1,
+            seq_length=1,
+            micro_batch_size=1,
+        )
+    return float(model.weight.grad), schedule_multiplies_by_context_size()
+
+
+def test_the_schedule_does_what_its_source_says() -> None:
+    for size in (1, 2):
+        [(gradient, multiplies)] = run_distributed(gradient_of_one, 1, size)
+        assert gradient == (size if multiplies else 1)
+
+
 def train(rank: int, world_size: int, *arguments: str) -> None:
-    """examples/train_kd_sft.py at a context-parallel size of the world's."""
+    """examples/train_kd_sft.py with a real context-parallel group; the attention alone differs."""
     from hydra import compose, initialize_config_dir
     from megatron.core.models.gpt import gpt_layer_specs
     from nemo.utils.exp_manager import exp_manager
@@ -53,7 +186,7 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
 
 
 def gathering_attention() -> type:
-    """Causal attention of this rank's queries to the keys of all, gathered: chunks r and -1-r."""
+    """In the place of Transformer Engine's: this rank's queries, and the gathered keys of all."""
     from megatron.core import parallel_state
     from megatron.core.transformer.module import MegatronModule
     from torch.distributed.nn.functional import all_gather
@@ -113,7 +246,7 @@ def test_a_split_run_is_the_whole_run(
 ) -> None:
     run_distributed(
         train,
-        SIZE,
+        2,
         *arguments(nemos, cache, tmp_path),
         f"model.knowledge_distillation.fuse_output_layer={fused}",
         timeout=240,
