@@ -46,7 +46,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         "conversations": turns(*(["distribution of the vocabulary"] * 8)),
     },
     "truncated before its answer": {
-        "system": "sequence gradient parallel pipeline micro batch shard cache " * 8,
+        "system": "sequence gradient parallel pipeline micro batch shard cache " * 16,
         "conversations": turns("question", "answer"),
     },
 }

@@ -161,6 +161,7 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
 
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         config = compose("train_kd_sft", list(arguments))
+    config.trainer.devices = world_size
     prepare_accelerator(config)
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,

@@ -264,10 +264,11 @@ def test_packed_batches_equal_nemos(
     )
     from nemo.utils import sequence_packing_utils as packing
 
+    (tmp_path / "candidates").mkdir()
     # NeMo packs any of the samples of one length, so that each length here has one
     candidates = [{"input": "token " * number, "output": "a model"} for number in range(1, 40)]
     lengths_of = prepare_packed_samples(
-        nemo_dataset(tmp_path, candidates, tokenizer, max_seq_length=48),
+        nemo_dataset(tmp_path / "candidates", candidates, tokenizer, max_seq_length=48),
         tokenizer.eos_id,
         context_parallel_size,
     )
@@ -293,7 +294,13 @@ def test_packed_batches_equal_nemos(
     packed = packing.fill_packing_strategy(packs, sequences, PACK_SIZE, tokenizer.eos_id)
     np.save(tmp_path / "packed.npy", packed)
     expected_packs = GPTSFTPackedDataset(
-        str(tmp_path / "packed.npy"), tokenizer, max_seq_length=PACK_SIZE, **layout
+        str(tmp_path / "packed.npy"),
+        tokenizer,
+        max_seq_length=PACK_SIZE,
+        label_key="output",
+        truncation_field="input",
+        prompt_template="{input}{output}",
+        **layout,
     )
     assert len(own) == len(expected_packs) < len(samples)
     for indices in ([0], [0, 1], list(range(len(own))), [0, -1]):
