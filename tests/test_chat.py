@@ -103,8 +103,8 @@ def test_the_cache_holds_nemos_samples(chat_cache: TopKCache, nemo_chat: Any) ->
         np.testing.assert_array_equal(sample.tokens, tokens[: MAX_SEQ_LENGTH + 1], name)
         np.testing.assert_array_equal(sample.loss_mask, mask[: MAX_SEQ_LENGTH + 1], name)
         assert bool(sample.loss_mask.any()) == ("before its answer" not in name), name
-    runs = np.diff(chat_cache[1].loss_mask.astype(int)) == 1
-    assert runs.sum() == 3, "two answers and the start of the turn that follows the second"
+    starts = np.diff(chat_cache[1].loss_mask.astype(int)) == 1
+    assert starts.sum() == 2, "two answers, each with the start of the turn after it"
 
 
 def test_rows_stand_at_the_tokens_before(chat_cache: TopKCache, hf_llamas: dict[str, Path]) -> None:
