@@ -113,7 +113,7 @@ def test_each_rank_has_its_slices(cache: Path, hf_llamas: dict[str, Path]) -> No
 
 def gradient_of_one(rank: int, world_size: int, size: int) -> tuple[float, bool]:
     """What Megatron's schedule makes of the gradient of a loss whose own is 1."""
-    from megatron.core import ModelParallelConfig
+    from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.pipeline_parallel import schedules
 
     from nemo_kd import cpu_backend
@@ -131,6 +131,7 @@ def gradient_of_one(rank: int, world_size: int, size: int) -> tuple[float, bool]
             pass
 
     cpu_backend.enable()
+    parallel_state.initialize_model_parallel()
     model = Weight()
     with standing_in(0, size):
         schedules.forward_backward_no_pipelining(
@@ -153,7 +154,6 @@ def test_the_schedule_does_what_its_source_says() -> None:
 def train(rank: int, world_size: int, *arguments: str) -> None:
     """examples/train_kd_sft.py with a real context-parallel group; the attention alone differs."""
     from hydra import compose, initialize_config_dir
-    from megatron.core.models.gpt import gpt_layer_specs
     from nemo.utils.exp_manager import exp_manager
 
     from nemo_kd import cpu_backend
@@ -176,7 +176,7 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
     cpu_backend.prepare_model_config(merged)
     with open_dict(merged):
         merged.context_parallel_size = world_size
-    gpt_layer_specs.DotProductAttention = gathering_attention()
+    gather_keys_for_attention()
     trainer = build_trainer(config)
     exp_manager(trainer, config.exp_manager)
     initialize_model_parallel(trainer, merged)
@@ -186,9 +186,10 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
     trainer.fit(model)
 
 
-def gathering_attention() -> type:
-    """In the place of Transformer Engine's: this rank's queries, and the gathered keys of all."""
+def gather_keys_for_attention() -> None:
+    """Have the local attention do what Transformer Engine's does: own queries, the keys of all."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.module import MegatronModule
     from torch.distributed.nn.functional import all_gather
 
@@ -199,25 +200,23 @@ def gathering_attention() -> type:
             chunks[rank], chunks[-1 - rank] = part.chunk(2)
         return torch.cat(chunks)
 
-    class GatheringAttention(MegatronModule):
-        def __init__(self, config: Any, *_: Any, **__: Any) -> None:
-            super().__init__(config)
+    def build(self: Any, config: Any, *_: Any, **__: Any) -> None:
+        MegatronModule.__init__(self, config)
 
-        def forward(
-            self, query: Any, key: Any, value: Any, attention_mask: Any, *_: Any, **__: Any
-        ) -> Any:
-            size = parallel_state.get_context_parallel_world_size()
-            repeats = query.shape[2] // key.shape[2]
-            key, value = (whole(x, size).repeat_interleave(repeats, 2) for x in (key, value))
-            chunks = torch.arange(len(key)).chunk(2 * size)
-            rank = parallel_state.get_context_parallel_rank()
-            positions = torch.cat([chunks[rank], chunks[-1 - rank]])
-            scores = torch.einsum("sbhd,tbhd->bhst", query, key) / query.shape[-1] ** 0.5
-            later = positions[:, None] < torch.arange(len(key))
-            weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-            return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
+    def attend(self: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> torch.Tensor:
+        size = parallel_state.get_context_parallel_world_size()
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (whole(x, size).repeat_interleave(repeats, 2) for x in (key, value))
+        chunks = torch.arange(len(key)).chunk(2 * size)
+        rank = parallel_state.get_context_parallel_rank()
+        positions = torch.cat([chunks[rank], chunks[-1 - rank]])
+        scores = torch.einsum("sbhd,tbhd->bhst", query, key) / query.shape[-1] ** 0.5
+        later = positions[:, None] < torch.arange(len(key))
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
 
-    return GatheringAttention
+    DotProductAttention.__init__ = build
+    DotProductAttention.forward = attend
 
 
 @pytest.fixture(scope="module")
