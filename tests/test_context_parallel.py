@@ -111,8 +111,8 @@ def test_each_rank_has_its_slices(cache: Path, hf_llamas: dict[str, Path]) -> No
     run_distributed(check_slices, 1, cache, hf_llamas["tied"])
 
 
-def gradient_of_one(rank: int, world_size: int, size: int) -> tuple[float, bool]:
-    """What Megatron's schedule makes of the gradient of a loss whose own is 1."""
+def gradient_of_one(rank: int, world_size: int, sizes: list[int]) -> tuple[list[float], bool]:
+    """What Megatron's schedule makes of the gradient of a loss whose own is 1, at each CP size."""
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.pipeline_parallel import schedules
 
@@ -132,23 +132,25 @@ def gradient_of_one(rank: int, world_size: int, size: int) -> tuple[float, bool]
 
     cpu_backend.enable()
     parallel_state.initialize_model_parallel()
-    model = Weight()
-    with standing_in(0, size):
-        schedules.forward_backward_no_pipelining(
-            forward_step_func=lambda _, module: (module.weight * 1, lambda loss: (loss, {})),
-            data_iterator=None,
-            model=model,
-            num_microbatches=1,
-            seq_length=1,
-            micro_batch_size=1,
-        )
-    return float(model.weight.grad), schedule_multiplies_by_context_size()
+    gradients = []
+    for size in sizes:
+        model = Weight()
+        with standing_in(0, size):
+            schedules.forward_backward_no_pipelining(
+                forward_step_func=lambda _, module: (module.weight * 1, lambda loss: (loss, {})),
+                data_iterator=None,
+                model=model,
+                num_microbatches=1,
+                seq_length=1,
+                micro_batch_size=1,
+            )
+        gradients.append(float(model.weight.grad))
+    return gradients, schedule_multiplies_by_context_size()
 
 
 def test_the_schedule_does_what_its_source_says() -> None:
-    for size in (1, 2):
-        [(gradient, multiplies)] = run_distributed(gradient_of_one, 1, size)
-        assert gradient == (size if multiplies else 1)
+    [(gradients, multiplies)] = run_distributed(gradient_of_one, 1, [1, 2])
+    assert gradients == ([1, 2] if multiplies else [1, 1])
 
 
 def train(rank: int, world_size: int, *arguments: str) -> None:
