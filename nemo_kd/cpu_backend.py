@@ -87,12 +87,11 @@ def prepare_model_config(config: DictConfig, section: str = "model") -> None:
             f"expected {section}.context_parallel_size=1 with trainer.accelerator=cpu, "
             f"got {config.context_parallel_size}: the local attention has no context parallelism"
         )
-    for name, dataset in config.get("data", {}).items():
-        if (
-            isinstance(dataset, DictConfig)
-            and dataset.get("packed_sequence", False)
-            and dataset.get("packed_sequence_return_cu_seqlen", True)
-        ):
+    data = config.get("data") or {}
+    for name in ("train_ds", "validation_ds"):
+        dataset = data.get(name) or {}
+        packed = dataset.get("packed_sequence", False)
+        if packed and dataset.get("packed_sequence_return_cu_seqlen", True):
             raise ValueError(
                 f"expected {section}.data.{name}.packed_sequence=false with "
                 "trainer.accelerator=cpu, got true: attention within each of the packed sequences "
