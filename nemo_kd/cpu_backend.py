@@ -93,6 +93,16 @@ def prepare_model_config(config: DictConfig, section: str = "model") -> None:
             f"expected {section}.context_parallel_size=1 with trainer.accelerator=cpu, "
             f"got {config.context_parallel_size}: the local attention has no context parallelism"
         )
+    data = config.get("data") or {}
+    for name in ("train_ds", "validation_ds"):
+        dataset = data.get(name) or {}
+        packed = dataset.get("packed_sequence", False)
+        if packed and dataset.get("packed_sequence_return_cu_seqlen", True):
+            raise ValueError(
+                f"expected {section}.data.{name}.packed_sequence=false with "
+                "trainer.accelerator=cpu, got true: attention within each of the packed sequences "
+                "needs Transformer Engine, which runs on a GPU alone"
+            )
     with open_dict(config):
         for key, value in MODEL_OVERRIDES.items():
             config[key] = value

@@ -515,7 +515,38 @@ def _check_source(path: str, data: DataConfig) -> SourceFile:
                     f"found no {', '.join(missing)}; mend the line, or set data.prompt_template "
                     "and data.label_key to the file's keys"
                 )
+            if data.chat and (fault := _fault_of_conversation(record)) is not None:
+                raise ValueError(f"{path}, line {number}: {fault}")
     return fingerprint_file(path)
+
+
+def _fault_of_conversation(record: dict[str, Any]) -> str | None:
+    """What NeMo's chat dataset would fail at, in the middle of the run."""
+    turns, masked, kind = record["conversations"], record.get("mask", "User"), record.get("type")
+    if not isinstance(record["system"], str):
+        return f"expected a text as system, got {record['system']!r}"
+    if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
+        return f"expected a type of VALUE_TO_TEXT or TEXT_TO_VALUE, or none, got {kind!r}"
+    if not isinstance(turns, list) or not turns:
+        return f"expected conversations to be a list of turns, got {turns!r:.60}"
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not all(
+            isinstance(turn.get(key), str) for key in ("from", "value")
+        ):
+            return f"turn {number}: expected texts as from and value, got {turn!r:.60}"
+        if kind is not None and not isinstance(turn.get("label"), str | None):
+            return f"turn {number}: expected a text or null as label, got {turn['label']!r}"
+    speakers = [turn["from"] for turn in turns]
+    if not isinstance(masked, str) or not set(masked.split(",")) <= set(speakers):
+        return (
+            f"expected mask, the speakers that are not learnt from (default User), to name some of "
+            f"{', '.join(sorted(set(speakers)))}, separated by commas, got {masked!r}"
+        )
+    # NeMo never learns from the first turn, but from the start of every masked one after the second
+    # (TEXT_TO_VALUE: the first), and from what follows the last turn if that one is not masked.
+    if len(turns) < (2 if kind == "TEXT_TO_VALUE" else 3) and speakers[-1] in masked:
+        return f"expected a turn to learn from, but mask {masked!r} leaves none"
+    return None
 
 
 def _fingerprint_teacher(config: DictConfig) -> str:

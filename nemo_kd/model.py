@@ -1,5 +1,6 @@
 """The student: NeMo's SFT model with the distillation loss in the place of its cross entropy."""
 
+import inspect
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -19,7 +21,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
-from nemo_kd.dataset import GPTSFTKDDataset
+from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
@@ -58,6 +60,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self.consumed = Consumed()
         self._validating = False
         self._teacher_rows: dict[str, Tensor] = {}  # of the micro batch in the forward pass
+        self._cu_seqlens: Tensor | None = None  # its packed sequences' boundaries, on the host
         self._loss_mask = self._num_tokens = torch.empty(0)  # its mask [B, S] and the ones in it
         self._token_terms: dict[str, Tensor] = {}  # its terms, [B, S] each
         self._terms = _MeanTerms()  # of the global batch
@@ -148,8 +151,19 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 f"model.data.train_ds.file_names: expected cache directories, got "
                 f"{list(data_cfg.file_names)}; write them with examples/dump_teacher_topk.py"
             )
-        if caches and data_cfg.get("packed_sequence", False):
-            raise ValueError("expected packed_sequence=false with a cache, got true")
+        section = f"model.data.{'train_ds' if is_train else 'validation_ds'}"
+        if data_cfg.get("packed_sequence", False) and data_cfg.micro_batch_size != 1:
+            raise ValueError(
+                f"expected {section}.micro_batch_size=1 with packed_sequence=true, a pack being "
+                f"the micro batch, got {data_cfg.micro_batch_size}"
+            )
+        context_size = self.cfg.get("context_parallel_size", 1)
+        if context_size > 1 and data_cfg.max_seq_length % (2 * context_size):
+            raise ValueError(
+                f"expected {section}.max_seq_length divisible by 2 x "
+                f"model.context_parallel_size={context_size}, the slices of a sequence, got "
+                f"{data_cfg.max_seq_length}"
+            )
         if caches and not is_train:
             metric = data_cfg.get("metric", {}).get("name", "exact_string_match")
             writes = data_cfg.get("write_predictions_to_file", False)
@@ -164,24 +178,35 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     @contextmanager
     def _caches_for_jsonl(self) -> Iterator[None]:
-        """While it lasts, NeMo's _build_dataset makes a GPTSFTKDDataset of a directory."""
+        """While it lasts, NeMo's _build_dataset makes a dataset of ours of a directory."""
 
-        def dataset_for(nemo_class: type) -> Callable[..., Any]:
+        def dataset_for(nemo_class: type, own_class: Callable[..., Any]) -> Callable[..., Any]:
             def build(file_path: str, **settings: Any) -> Any:
                 if os.path.isdir(file_path):
-                    return GPTSFTKDDataset(file_path, kd_config=self.kd_config, **settings)
+                    return own_class(file_path, kd_config=self.kd_config, **settings)
                 return nemo_class(file_path=file_path, **settings)
 
             return build
 
-        names = ("GPTSFTDataset", "GPTSFTChatDataset")
-        classes = {name: dataset_for(getattr(megatron_gpt_sft_model, name)) for name in names}
+        own_classes = {
+            "GPTSFTDataset": GPTSFTKDDataset,
+            "GPTSFTChatDataset": GPTSFTKDDataset,
+            "GPTSFTPackedDataset": partial(
+                GPTSFTKDPackedDataset,
+                context_parallel_size=self.cfg.get("context_parallel_size", 1),
+            ),
+        }
+        classes = {
+            name: dataset_for(getattr(megatron_gpt_sft_model, name), own_class)
+            for name, own_class in own_classes.items()
+        }
         with patch.multiple(megatron_gpt_sft_model, **classes):
             yield
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)
         self._teacher_rows = {name: batch[name] for name in TEACHER_ROWS if name in batch}
+        self._cu_seqlens = batch.get("cu_seqlens")
         self._terms.names = KD_TERMS if self._teacher_rows else SFT_TERMS
         return {name: value for name, value in batch.items() if name not in TEACHER_ROWS}
 
@@ -197,8 +222,29 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._teacher_rows = {name: batch.pop(name) for name in rows}
         if rows:
             self._loss_mask = batch["loss_mask"]
+            if (
+                self._cu_seqlens is not None
+                and parallel_state.get_context_parallel_world_size() > 1
+            ):
+                self._slice_packed_rows(self._cu_seqlens[0])
             self._num_tokens = batch["num_valid_tokens_in_ub"].clamp(min=1)
         return batch
+
+    def _slice_packed_rows(self, cu_seqlens: Tensor) -> None:
+        """Take this rank's part of each packed sequence, as NeMo does with its keys afterwards."""
+        import transformer_engine_torch  # NeMo asks for it there as well
+
+        cu_seqlens = cu_seqlens[: int(cu_seqlens.argmin())]  # on the host: the rest is padding
+        index = transformer_engine_torch.thd_get_partitioned_indices(
+            cu_seqlens.to(self._loss_mask.device, non_blocking=True),
+            self._loss_mask.shape[1],
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        self._loss_mask = self._loss_mask.index_select(1, index)
+        self._teacher_rows = {
+            name: value.index_select(1, index) for name, value in self._teacher_rows.items()
+        }
 
     # Loss: NeMo's reduction, and the terms beside it.
 
@@ -220,6 +266,11 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if output_tensor.dim() == 0:  # the fused loss is the micro batch's already
             loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
+        context_size = parallel_state.get_context_parallel_world_size()
+        if context_size > 1 and loss.requires_grad and schedule_multiplies_by_context_size():
+            # NeMo multiplies what is returned here by the CP size, which the mean of the gradients
+            # over DP x CP takes back; the schedule multiplies it once more.
+            loss.register_hook(lambda gradient: gradient / context_size)
         return loss
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
@@ -279,6 +330,15 @@ class Consumed:
         counts = self._counts.to(torch.cuda.current_device())
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         return dict(zip(self.names, counts.tolist(), strict=True))
+
+
+def schedule_multiplies_by_context_size() -> bool:
+    """Whether Megatron Core's schedule multiplies a loss by the context-parallel size.
+
+    It does in 0.12 and 0.13, by `output_tensor *= ...` in forward_step. Read off the source: no
+    argument or attribute tells, and a version number would have to be guessed for other releases.
+    """
+    return "output_tensor *=" in inspect.getsource(schedules.forward_step)
 
 
 class _MeanTerms:

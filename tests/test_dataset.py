@@ -2,13 +2,14 @@
 
 import random
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from runs import write_jsonl
+from runs import run_example, scalars, train_arguments, write_jsonl
 
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache
 from nemo_kd.loss import KDLossConfig
@@ -224,6 +225,188 @@ def test_a_jsonl_is_refused(tmp_path: Path, tokenizer: Any, records: Any) -> Non
     path = write_jsonl(tmp_path / "data.jsonl", records)
     with pytest.raises(ValueError, match="expected a cache directory"):
         GPTSFTKDDataset(str(path), tokenizer, kd_config=KDLossConfig())
+
+
+# Packs
+
+PACK_SIZE = 72
+
+
+def packed_dataset(cache: TopKCache, tokenizer: Any, **more: Any) -> Any:
+    from nemo_kd.dataset import GPTSFTKDPackedDataset
+
+    return GPTSFTKDPackedDataset(
+        str(cache.path), tokenizer, kd_config=KDLossConfig(), max_seq_length=PACK_SIZE, **more
+    )
+
+
+def prepare_packed_samples(nemo: Any, eos_id: int, context_parallel_size: int) -> list[Any]:
+    """What NeMo's prepare_packed_ft_dataset.py makes of a dataset's samples before it packs them"""
+    samples = [nemo[index] for index in range(len(nemo))]
+    if context_parallel_size > 1:
+        multiple = max(16, 2 * context_parallel_size)
+        for sample in samples:
+            tokens = sample["input_ids"]
+            length = min(PACK_SIZE, -(-len(tokens) // multiple) * multiple)
+            sample["input_ids"] = tokens + [eos_id] * (length - len(tokens) + 1)
+    return samples
+
+
+@pytest.mark.parametrize("context_parallel_size", [1, 2, 9])
+def test_packed_batches_equal_nemos(
+    context_parallel_size: int,
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import (
+        GPTSFTPackedDataset,
+    )
+    from nemo.utils import sequence_packing_utils as packing
+
+    (tmp_path / "candidates").mkdir()
+    # NeMo packs any of the samples of one length, so that each length here has one
+    candidates = [{"input": "token " * number, "output": "a model"} for number in range(1, 40)]
+    lengths_of = prepare_packed_samples(
+        nemo_dataset(tmp_path / "candidates", candidates, tokenizer, max_seq_length=48),
+        tokenizer.eos_id,
+        context_parallel_size,
+    )
+    distinct = {
+        len(sample["input_ids"]): record
+        for sample, record in zip(lengths_of, candidates, strict=True)
+    }
+    nemo = nemo_dataset(tmp_path, list(distinct.values()), tokenizer, max_seq_length=48)
+    cache = write_cache(tmp_path / "cache", nemo, tokenizer)
+    layout = {"pad_seq_length_to_mult": 8 * context_parallel_size}
+    own = packed_dataset(
+        cache, tokenizer, context_parallel_size=context_parallel_size, seed=3, **layout
+    )
+
+    samples = prepare_packed_samples(nemo, tokenizer.eos_id, context_parallel_size)
+    lengths = [len(sample["input_ids"]) - 1 for sample in samples]
+    sequences, histogram = packing.create_hist(samples, PACK_SIZE)
+    order = np.random.default_rng(3).permutation(len(samples))
+    monkeypatch.setattr(
+        np.random, "shuffle", lambda all_: all_.__setitem__(slice(None), np.take(lengths, order))
+    )
+    packs, _ = packing.create_packing_strategy(histogram, PACK_SIZE, "first_fit_shuffle")
+    packed = packing.fill_packing_strategy(packs, sequences, PACK_SIZE, tokenizer.eos_id)
+    np.save(tmp_path / "packed.npy", packed)
+    expected_packs = GPTSFTPackedDataset(
+        str(tmp_path / "packed.npy"),
+        tokenizer,
+        max_seq_length=PACK_SIZE,
+        label_key="output",
+        truncation_field="input",
+        prompt_template="{input}{output}",
+        **layout,
+    )
+    assert len(own) == len(expected_packs) < len(samples)
+    for indices in ([0], [0, 1], list(range(len(own))), [0, -1]):
+        expected = expected_packs.collate_fn([expected_packs[index] for index in indices])
+        batch = own.collate_fn([own[index] for index in indices])
+        assert batch.keys() == expected.keys() | {"topk_ids", "topk_log_probs", "tail_log_probs"}
+        assert batch["token_count"] == expected["token_count"]
+        for key in expected.keys() - {"token_count"}:
+            assert batch[key].dtype == expected[key].dtype, key
+            torch.testing.assert_close(batch[key], expected[key], rtol=0, atol=0, msg=key)
+        bounds = batch["cu_seqlens"]
+        assert (bounds[bounds >= 0] % (2 * context_parallel_size) == 0).all() or (
+            context_parallel_size == 1
+        )
+
+
+def test_packed_rows_stand_where_their_token_is_predicted(
+    tmp_path: Path, tokenizer: Any, records: Any
+) -> None:
+    nemo = nemo_dataset(tmp_path, records, tokenizer)
+    cache = write_cache(tmp_path / "cache", nemo, tokenizer)
+    for context_parallel_size in (1, 2):
+        own = packed_dataset(cache, tokenizer, context_parallel_size=context_parallel_size)
+        seen = []
+        for number, packed in enumerate(own.indexed_dataset):
+            batch = own.collate_fn([own[number]])
+            start, *ends = batch["cu_seqlens"][0].tolist()
+            for index, end in zip(packed, ends, strict=False):
+                sample = cache[index]
+                inputs = torch.from_numpy(sample.tokens[:-1]).long()
+                torch.testing.assert_close(batch["tokens"][0, start : start + len(inputs)], inputs)
+                supervised = batch["loss_mask"][0, start:end].bool()
+                for name in ("topk_ids", "topk_log_probs", "tail_log_probs"):
+                    rows = batch[name][0, start:end]
+                    np.testing.assert_array_equal(rows[supervised], getattr(sample, name))
+                    assert (rows[~supervised] == (-1 if name == "topk_ids" else -torch.inf)).all()
+                labels = batch["labels"][0, start:end][supervised]
+                np.testing.assert_array_equal(labels, sample.tokens[sample.loss_mask.nonzero()[0]])
+                seen.append(index)
+                start = end
+        assert sorted(seen) == list(range(len(cache))), "each sample in one pack"
+
+
+def test_an_end_token_inside_a_sample_does_not_end_it(
+    tmp_path: Path, tokenizer: Any, records: Any
+) -> None:
+    """A chat has one after every turn."""
+    template = {"prompt_template": "Q: {input}</s></s> A: {output}"}
+    nemo = nemo_dataset(tmp_path, records, tokenizer, **template)
+    assert nemo[1]["input_ids"].count(tokenizer.eos_id) == 3
+    cache = write_cache(tmp_path / "cache", nemo, tokenizer)
+    own = packed_dataset(cache, tokenizer)
+    batch = own.collate_fn([own[index] for index in range(len(own))])
+    for index, packed in enumerate(own.indexed_dataset):
+        lengths = [len(cache[number].tokens) - 1 for number in packed]
+        ends = batch["cu_seqlens_unpadded"][index, : len(packed) + 1].tolist()
+        assert ends == [0, *np.cumsum(lengths)]
+
+
+def test_packs_follow_the_seed_and_read_lengths_alone(
+    tmp_path: Path, tokenizer: Any, records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_kd import dataset
+
+    cache = write_cache(tmp_path / "cache", nemo_dataset(tmp_path, records, tokenizer), tokenizer)
+    np.testing.assert_array_equal(cache.num_tokens(), [len(sample.tokens) for sample in cache])
+    monkeypatch.setattr(dataset, "_SAMPLES_PER_PACKING", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(TopKCache, "__getitem__", None)
+        first, again, other = (
+            list(packed_dataset(cache, tokenizer, seed=seed).indexed_dataset) for seed in (1, 1, 2)
+        )
+    assert first == again != other
+    for packs in (first, other):
+        assert sorted(chain(*packs)) == list(range(len(cache)))
+        assert all(sum(cache.num_tokens()[pack] - 1) <= PACK_SIZE for pack in packs)
+    epochs = packed_dataset(cache, tokenizer, max_num_samples=3 * len(first), seed=1)
+    assert len(epochs) == 3 * len(first)
+    tokens = [str(epochs[index]["input_ids"]) for index in range(len(epochs))]
+    assert {tokens.count(pack) for pack in tokens} == {3}
+
+
+def test_a_cpu_has_no_attention_within_packs() -> None:
+    from omegaconf import OmegaConf
+
+    from nemo_kd import cpu_backend
+
+    config = OmegaConf.create({"data": {"train_ds": {"packed_sequence": True}}})
+    with pytest.raises(ValueError, match="packed_sequence=false"):
+        cpu_backend.prepare_model_config(config)
+
+
+def test_packs_train(nemos: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    """Through NeMo's training; without cu_seqlens, which a CPU's attention cannot take."""
+    logs = tmp_path / "logs"
+    run_example(
+        "train_kd_sft.py",
+        *train_arguments(nemos["tied"], cache, cache, logs),
+        "model.data.train_ds.packed_sequence=true",
+        "model.data.train_ds.packed_sequence_return_cu_seqlen=false",
+        "model.data.train_ds.micro_batch_size=1",
+        "model.data.train_ds.max_seq_length=96",
+    )
+    curves = scalars(logs)
+    assert len(curves["kd_loss"]) == 4
+    assert curves["validation_loss"][1] < curves["validation_loss"][0]
 
 
 def test_sample_fields_are_what_the_dataset_reads() -> None:

@@ -94,6 +94,10 @@ class PairReader:
             )
         return self._read(self._bin, self._dtype, int(length), start)
 
+    def lengths(self) -> Array:
+        """Elements of each sequence, int32, out of the .idx alone."""
+        return self._read(self._idx, _LENGTH, self._num_sequences, _HEADER_BYTES)
+
     @staticmethod
     def _read(file: FileIO, dtype: np.dtype[Any], count: int, offset: int) -> Array:
         elements = bytearray(count * dtype.itemsize)

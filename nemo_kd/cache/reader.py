@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
+
 from nemo_kd.cache.codec import codec_for
 from nemo_kd.cache.layout import (
     MANIFEST_NAME,
     SAMPLE_PAIRS,
     SHARD_RECORD_NAME,
+    Array,
     Sample,
     pair_paths,
     shard_name,
@@ -92,6 +95,23 @@ class TopKCache:
             raise IndexError(f"sample {index} of a cache of {len(self)} samples")
         shard, position = divmod(number, self.manifest.samples_per_shard)
         return self._shard(shard).sample(position)
+
+    def num_tokens(self) -> Array:
+        """Tokens of each sample, int32 [samples]: reads one .idx a shard.
+
+        Raises:
+            ValueError: a shard's .idx is not what the manifest says.
+        """
+        pairs = (
+            PairReader(
+                self.path / shard_name(index),
+                "tokens",
+                SAMPLE_PAIRS["tokens"],
+                len(self.manifest.shard_samples(index)),
+            )
+            for index in range(self.num_shards)
+        )
+        return np.concatenate([pair.lengths() for pair in pairs])
 
     def __reduce__(self) -> tuple[type[TopKCache], tuple[Path]]:
         return TopKCache, (self.path,)
