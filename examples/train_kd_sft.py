@@ -7,6 +7,7 @@ conf/train_kd_sft.yaml lists every key. model.knowledge_distillation.kd_loss_wei
 sft_loss_weight=1 is plain SFT on the same samples.
 """
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_kd import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.launch import (
+    STOPPED_BY_SIGTERM,
     build_trainer,
     initialize_model_parallel,
     prepare_accelerator,
@@ -26,6 +28,14 @@ from nemo_kd.launch import (
 )
 
 CONFIG_FILE = Path(__file__).parent / "conf" / "train_kd_sft.yaml"
+# What NeMo reads of model.optim for Megatron Core's distributed optimizer. It refuses no other.
+DISTRIBUTED_OPTIMIZER_KEYS = (
+    *("name", "lr", "weight_decay", "betas", "eps", "sched"),
+    *("grad_sync_dtype", "overlap_grad_sync", "delay_grad_reduce", "ddp_bucket_size"),
+    *("overlap_param_sync", "delay_param_gather", "align_param_gather"),
+    *("overlap_param_gather_with_optimizer_step", "average_in_collective"),
+    *("check_for_nan_in_grad", "num_distributed_optimizer_instances"),
+)
 
 
 def check_settings(config: DictConfig, model_keys: set[str]) -> None:
@@ -63,6 +73,8 @@ def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
 
 
 def train_kd_sft(config: DictConfig) -> None:
+    if config.model.optim.name == "mcore_distributed_optim":
+        refuse_unknown_keys(config.model.optim, DISTRIBUTED_OPTIMIZER_KEYS, "model.optim")
     prepare_accelerator(config)
     validates = config.trainer.max_steps == 0
     if validates and config.exp_manager is not None:
@@ -86,7 +98,10 @@ def train_kd_sft(config: DictConfig) -> None:
     if validates:
         trainer.validate(model)
         return
-    trainer.fit(model)
+    try:
+        trainer.fit(model)
+    except SystemExit:  # NeMo saved a checkpoint on SIGTERM, and says 0 as if all were done
+        sys.exit(STOPPED_BY_SIGTERM)
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)
