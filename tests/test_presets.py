@@ -4,9 +4,12 @@
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,7 @@ class Run:
         return micro_batch_size * length * self.padded_vocab_size / self.tensor * value_bytes
 
 
+@cache
 def preset(name: str, *overrides: str) -> tuple[Run, Run]:
     """The teacher's run and the student's."""
     with initialize_config_dir(str(CONF), version_base=None):
@@ -193,6 +197,21 @@ def test_the_published_experiment() -> None:
 def test_every_key_can_be_overridden(name: str) -> None:
     for run in preset(name, "trainer.devices=3"):
         assert run.config.trainer.devices == 3
+
+
+def test_the_distributed_optimizer_has_nemos_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo reads them one by one and refuses no other: the entry does, by a list of its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from train_kd_sft import DISTRIBUTED_OPTIMIZER_KEYS
+
+    nemo = Path(next(iter(find_spec("nemo").submodule_search_locations)))
+    models = nemo / "collections" / "nlp" / "models" / "language_modeling"
+    files = [nemo / "core" / "classes" / "modelPT.py", models / "megatron_gpt_sft_model.py"]
+    files += [models / "megatron_gpt_model.py", models / "megatron_base_model.py"]
+    text = "".join(file.read_text() for file in files)
+    read = set(re.findall(r"""optim(?:_config)?(?:\.get\(\s*|\[)['"](\w+)""", text))
+    of_other_runs = {"_target_", "align_grad_reduce"}  # optimizers by class; pretraining
+    assert set(DISTRIBUTED_OPTIMIZER_KEYS) == read - of_other_runs
 
 
 @pytest.mark.parametrize(
@@ -303,6 +322,7 @@ def packed_row_bytes(vocab_size: int) -> float:
     return float(packed["packed_rows"].size / num_rows)
 
 
+@cache
 def tables() -> dict[str, str]:
     """Each table of docs/sizing.md."""
     runs = {name: preset(name) for name in PRESETS}
