@@ -95,14 +95,11 @@ def train_kd_sft(config: DictConfig) -> None:
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
-    if validates:
-        trainer.validate(model)
-        return
     try:
-        trainer.fit(model)
-    except SystemExit:  # NeMo saved a checkpoint on SIGTERM, and says 0 as if all were done
+        (trainer.validate if validates else trainer.fit)(model)
+    except SystemExit:  # after SIGTERM; NeMo saved a checkpoint, and says 0 as if all were done
         sys.exit(STOPPED_BY_SIGTERM)
-    if config.save_to is not None:
+    if config.save_to is not None and not validates:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)
         save_nemo(model, config.save_to)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,11 @@ def test_an_array_fills_one_cache(
     cluster: Cluster, cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
 ) -> None:
     """The first job is stopped by SIGTERM and asks to be queued again; a second does the rest."""
-    path = tmp_path / "cache"
+    path, teacher = tmp_path / "cache", tmp_path / "teacher"
+    with tarfile.open(nemos["untied"]) as tar:  # unpacked once, not by every process anew
+        tar.extractall(teacher, filter="data")
     arguments = dump_arguments(
-        nemos["untied"], jsonl, path, "+experiment=smollm2_cpu_dump", "cache.samples_per_shard=1"
+        teacher, jsonl, path, "+experiment=smollm2_cpu_dump", "cache.samples_per_shard=1"
     )
     first = cluster.start("dump_array.sh", *arguments, job=71)
     deadline = time.monotonic() + 200
