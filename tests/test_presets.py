@@ -3,6 +3,7 @@
 `python tests/test_presets.py` prints the tables of docs/sizing.md.
 """
 
+import ast
 import math
 import re
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 CONF = ROOT / "examples" / "conf"
 K = 100
 GPU_GB = 80
+LLM = "collections/llm/gpt/model"  # of NeMo
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def test_the_distributed_optimizer_has_nemos_keys(monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from train_kd_sft import DISTRIBUTED_OPTIMIZER_KEYS
 
-    nemo = Path(next(iter(find_spec("nemo").submodule_search_locations)))
+    nemo = nemo_directory()
     models = nemo / "collections" / "nlp" / "models" / "language_modeling"
     files = [nemo / "core" / "classes" / "modelPT.py", models / "megatron_gpt_sft_model.py"]
     files += [models / "megatron_gpt_model.py", models / "megatron_base_model.py"]
@@ -238,31 +240,53 @@ def test_shapes_have_the_published_number_of_parameters(
     assert f"{number:.{digits}g}" == f"{published:.{digits}g}"
 
 
-def test_shapes_are_those_of_nemos_own_recipes() -> None:
-    from nemo.collections.llm.gpt.model import llama, nemotron, qwen2
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("Nemotron-4-340B", "nemotron.Nemotron4Config340B"),
+        ("Nemotron-4-15B", "nemotron.Nemotron4Config15B"),
+        ("Llama-3-70B", "llama.Llama3Config70B"),
+        ("Llama-3-8B", "llama.Llama3Config8B"),
+        ("Llama-3.1-8B", "llama.Llama31Config8B"),
+        ("Llama-3.2-1B", "llama.Llama32Config1B"),
+        ("Qwen2-72B", "qwen2.Qwen2Config72B"),
+        ("Qwen2-7B", "qwen2.Qwen2Config7B"),
+    ],
+)
+def test_shapes_are_those_of_nemos_own_configs(model: str, config: str) -> None:
+    module, name = config.split(".")
+    nemo = defaults_of(name, ast.parse((nemo_directory() / LLM / f"{module}.py").read_text()))
+    assert MODELS[model] == Shape(
+        nemo["num_layers"],
+        nemo["hidden_size"],
+        nemo["ffn_hidden_size"],
+        nemo["num_attention_heads"],
+        nemo["num_query_groups"],
+        MODELS[model].vocab_size,
+        nemo.get("gated_linear_unit", False),
+        nemo.get("add_qkv_bias", False),
+        nemo["share_embeddings_and_output_weights"],
+    )
 
-    configs = {
-        "Nemotron-4-340B": nemotron.Nemotron4Config340B,
-        "Nemotron-4-15B": nemotron.Nemotron4Config15B,
-        "Llama-3-70B": llama.Llama3Config70B,
-        "Llama-3-8B": llama.Llama3Config8B,
-        "Llama-3.1-8B": llama.Llama31Config8B,
-        "Llama-3.2-1B": llama.Llama32Config1B,
-        "Qwen2-72B": qwen2.Qwen2Config72B,
-        "Qwen2-7B": qwen2.Qwen2Config7B,
-    }
-    for name, config in configs.items():
-        assert MODELS[name] == Shape(
-            config.num_layers,
-            config.hidden_size,
-            config.ffn_hidden_size,
-            config.num_attention_heads,
-            config.num_query_groups,
-            MODELS[name].vocab_size,
-            config.gated_linear_unit,
-            config.add_qkv_bias,
-            config.share_embeddings_and_output_weights,
-        ), name
+
+def defaults_of(name: str, module: ast.Module) -> dict[str, Any]:
+    """A dataclass's literal defaults, inherited ones too.
+
+    Read, not imported: nemo.collections.llm imports more than nemo.collections.nlp needs.
+    """
+    found = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
+    defaults: dict[str, Any] = {}
+    for node in found:
+        for base in node.bases:
+            defaults |= defaults_of(ast.unparse(base), module)
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Constant):
+                defaults[ast.unparse(line.target)] = line.value.value
+    return defaults
+
+
+def nemo_directory() -> Path:
+    return Path(next(iter(find_spec("nemo").submodule_search_locations)))
 
 
 @pytest.mark.parametrize("table", ["models", "layouts", "students", "teachers", "caches"])
