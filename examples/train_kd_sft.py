@@ -8,17 +8,20 @@ sft_loss_weight=1 is plain SFT on the same samples.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.known_keys import exp_manager_keys, model_keys, optim_keys, trainer_keys
 from nemo_kd.launch import (
+    STOPPED_BY_SIGTERM,
     build_trainer,
     check_layout,
     check_sequence_length,
@@ -119,12 +122,14 @@ def train_kd_sft(config: DictConfig) -> None:
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
-    if validates:
-        trainer.validate(model)
-        return
     summary = ClosingSummary()
     trainer.callbacks.append(summary)
-    trainer.fit(model)
+    try:
+        (trainer.validate if validates else trainer.fit)(model)
+    except SIGTERMException:  # Lightning's, which says 0 as if all were done
+        sys.exit(STOPPED_BY_SIGTERM)
+    if validates:
+        return
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)

@@ -67,6 +67,7 @@ def enable() -> None:
     # MegatronBaseModel matches a regular expression on it; unset outside NGC containers.
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "00.00")
     _replace_apex_and_transformer_engine()
+    _name_the_checkpoint_format()
     # Last: torch.jit.script reads the factories' sources while NeMo is imported.
     _answer_cuda_calls_on_cpu()
     _enabled = True
@@ -178,6 +179,18 @@ def _replace_apex_and_transformer_engine() -> None:
     # get_params_for_weight_decay_optimization and the gradient clipping ask for them by isinstance.
     utils.FusedLayerNorm = utils.FastLayerNorm = torch.nn.LayerNorm
     utils.MixedFusedRMSNorm = torch.nn.RMSNorm
+
+
+def _name_the_checkpoint_format() -> None:
+    """torch's writer of checkpoints asks for it; Megatron Core 0.12 calls it as it was before."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    write_item = filesystem_async._write_item
+    if "serialization_format" in inspect.signature(write_item).parameters:
+        filesystem_async._write_item = functools.partial(
+            write_item, serialization_format=filesystem.SerializationFormat.TORCH_SAVE
+        )
 
 
 def _answer_cuda_calls_on_cpu() -> None:

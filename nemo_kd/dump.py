@@ -40,6 +40,7 @@ from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknow
 from nemo_kd.dataset import tokenizer_fingerprint
 from nemo_kd.known_keys import model_keys, trainer_keys
 from nemo_kd.launch import (
+    STOPPED_BY_SIGTERM,
     build_trainer,
     check_layout,
     check_sequence_length,
@@ -203,10 +204,12 @@ class _Stop:
     def check(self) -> None:
         """Exit if it was asked for: unwinding removes the open shard and its claim."""
         if self._asked:
-            sys.exit(
+            print(
                 "stopped by SIGTERM; the finished shards stay, and the same command goes on from "
-                "them"
+                "them",
+                file=sys.stderr,
             )
+            sys.exit(STOPPED_BY_SIGTERM)
 
     def wait(self) -> None:
         """Pass a moment, for another job's shard."""

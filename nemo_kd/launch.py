@@ -6,6 +6,7 @@ the process group's backend alone.
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from nemo_kd import cpu_backend
+
+# Exit status of a run that SIGTERM stopped, as a shell has it: no fault, the same command goes on.
+STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 
 
 @contextmanager
@@ -35,14 +39,12 @@ def user_errors() -> Iterator[None]:
 def prepare_accelerator(config: DictConfig) -> None:
     """Check `config.trainer` against the machine and, for accelerator=cpu, turn the backend on.
 
-    Under torchrun its numbers of processes and nodes are taken over.
+    Under torchrun and srun their numbers of processes and nodes are taken over.
 
     Raises:
         ValueError: A GPU is asked for and there is none, or the CPU and there is a GPU.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        config.trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        config.trainer.num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    take_over_launcher(config)
     accelerator = config.trainer.accelerator
     if accelerator not in ("gpu", "cpu"):
         raise ValueError(f"expected trainer.accelerator=gpu or cpu, got {accelerator!r}")
@@ -55,6 +57,20 @@ def prepare_accelerator(config: DictConfig) -> None:
             "to run the same code on the CPU"
         )
     drop_noise()
+
+
+def take_over_launcher(config: DictConfig) -> None:
+    """Set `config.trainer`'s devices and num_nodes to what torchrun or srun started."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:  # also within srun, as Lightning has it
+        config.trainer.devices = int(environment["LOCAL_WORLD_SIZE"])
+        config.trainer.num_nodes = int(environment["GROUP_WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        num_nodes = int(environment["SLURM_NNODES"])
+        config.trainer.devices = int(environment["SLURM_NTASKS"]) // num_nodes
+        config.trainer.num_nodes = num_nodes
 
 
 def build_trainer(config: DictConfig) -> Any:
