@@ -41,6 +41,9 @@ def check_settings(config: DictConfig, model_keys: set[str]) -> None:
     refuse_unknown_keys(config.model.data, known.model.data, "model.data")
     for name in ("train_ds", "validation_ds"):
         refuse_unknown_keys(config.model.data[name], known.model.data[name], f"model.data.{name}")
+    peft = known.model.peft
+    refuse_unknown_keys(config.model.peft, peft, "model.peft")
+    refuse_unknown_keys(config.model.peft.lora_tuning, peft.lora_tuning, "model.peft.lora_tuning")
 
 
 def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
@@ -70,19 +73,25 @@ def train_kd_sft(config: DictConfig) -> None:
         config.exp_manager.resume_if_exists = False
     student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
     from megatron.core.transformer import TransformerConfig
-    from nemo.utils.exp_manager import exp_manager
 
     model_keys = {field.name for field in fields(TransformerConfig)} | set(student)
     check_settings(config, model_keys)
     model_config = merge_model_config(config, student)
     from nemo_kd.model import MegatronGPTSFTKDModel
+    from nemo_kd.resume import start_exp_manager
 
+    with open_dict(config):
+        config.model = model_config  # what the trainer's plugins read of it is the .nemo's too
     trainer = build_trainer(config)
-    exp_manager(trainer, config.exp_manager)
+    start_exp_manager(trainer, config.exp_manager)
     initialize_model_parallel(trainer, model_config)
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
+    if config.model.peft.peft_scheme is not None:
+        from nemo_kd.lora import add_adapters
+
+        add_adapters(model, config.model.peft)
     if validates:
         trainer.validate(model)
         return

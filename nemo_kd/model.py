@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.dataset import GPTSFTKDDataset
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
+from nemo_kd.resume import WholePassSampler
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SFT_TERMS = ("sft_loss",)
@@ -175,6 +176,13 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         classes = {name: dataset_for(getattr(megatron_gpt_sft_model, name)) for name in names}
         with patch.multiple(megatron_gpt_sft_model, **classes):
             yield
+
+    def build_data_loader(
+        self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
+    ) -> Any:
+        sampler = "MegatronPretrainingBatchSampler"
+        with patch.object(megatron_gpt_sft_model, sampler, WholePassSampler):
+            return super().build_data_loader(dataset, data_cfg, consumed_samples)
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)

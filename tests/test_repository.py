@@ -13,7 +13,16 @@ from nemo_kd.config import CacheConfig, DataConfig, DistillationConfig
 from nemo_kd.selection import SelectionConfig
 
 ROOT = Path(__file__).parent.parent
-NEMO_FILES = {"dataset.py", "model.py", "cpu_backend.py", "launch.py", "dump.py", "cli.py"}
+NEMO_FILES = {
+    "cli.py",
+    "cpu_backend.py",
+    "dataset.py",
+    "dump.py",
+    "launch.py",
+    "lora.py",
+    "model.py",
+    "resume.py",
+}
 
 
 def test_readme_shows_the_tree() -> None:
