@@ -22,6 +22,12 @@ from nemo_kd.hf_llama import hf_config, to_hf
 from nemo_kd.launch import drop_noise, read_model_config, user_errors
 
 TOKENS = ("bos", "eos", "pad")
+DTYPES = {
+    None: None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 def load_weights(source: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -83,11 +89,9 @@ def export_hf_llama(config: DictConfig) -> None:
     output = Path(config.output).absolute()
     if output.exists():
         raise ValueError(f"output: expected a new directory, but {config.output} exists")
-    dtype = None if config.dtype is None else getattr(torch, config.dtype, None)
-    if config.dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"dtype: expected null, bfloat16, float16 or float32, got {config.dtype!r}"
-        )
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected null, bfloat16, float16 or float32, got {config.dtype}")
+    dtype = DTYPES[config.dtype]
     drop_noise()
     nemo = read_model_config(config.source, "source")
     tokenizer = load_tokenizer(nemo)
@@ -115,7 +119,7 @@ def export_hf_llama(config: DictConfig) -> None:
             )
         }
         check_complete(state, shapes, weights, model_config.tie_word_embeddings)
-        model.config.torch_dtype = next(iter(state.values())).dtype
+        model.to(next(iter(state.values())).dtype)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         num_parameters = sum(tensor.numel() for tensor in state.values())
         model.save_pretrained(saving, state_dict=state)
@@ -125,7 +129,7 @@ def export_hf_llama(config: DictConfig) -> None:
         shutil.rmtree(saving, ignore_errors=True)
     print(
         f"{config.output}: {model_config.model_type}, {model_config.num_hidden_layers} layers, "
-        f"{num_parameters / 1e6:.1f}M parameters, {model.config.torch_dtype}"
+        f"{num_parameters / 1e6:.1f}M parameters, {model.dtype}"
     )
 
 

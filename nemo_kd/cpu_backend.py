@@ -185,6 +185,9 @@ class _AdamW(torch.optim.AdamW):
                 self.state[parameter].pop("step", None)
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's asks for each parameter's step
+
 
 def _answer_cuda_calls_on_cpu() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
