@@ -78,7 +78,7 @@ def train_kd_sft(config: DictConfig) -> None:
     check_settings(config, model_keys)
     model_config = merge_model_config(config, student)
     from nemo_kd.model import MegatronGPTSFTKDModel
-    from nemo_kd.resume import start_exp_manager
+    from nemo_kd.resume import exit_if_out_of_time, start_exp_manager
 
     with open_dict(config):
         config.model = model_config  # what the trainer's plugins read of it is the .nemo's too
@@ -96,6 +96,7 @@ def train_kd_sft(config: DictConfig) -> None:
         trainer.validate(model)
         return
     trainer.fit(model)
+    exit_if_out_of_time(trainer)
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
     MegatronPretrainingBatchSampler,
 )
@@ -43,6 +44,19 @@ def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
     if checkpoint is not None and trainer.ckpt_path:
         # By this name it is removed for the next one: of two, NeMo would know none to resume from.
         checkpoint.last_model_path = trainer.ckpt_path.removesuffix(".ckpt") + ".ckpt"
+
+
+def exit_if_out_of_time(trainer: Trainer) -> None:
+    """End the process if a time limit ended the training: exp_manager.max_time_per_run, say.
+
+    Such a training returns as a finished one does.
+    """
+    left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in left):
+        sys.exit(
+            f"stopped by its time limit after step {trainer.global_step}; the same command goes on "
+            "from the last checkpoint"
+        )
 
 
 class StopOnSigterm(Callback):
@@ -94,6 +108,11 @@ class ExactCounts(Callback):
         loop._batches_that_stepped = trainer.global_step
         for count in (loop.batch_progress.current, loop.batch_progress.total):
             count.ready = count.started = count.processed = count.completed = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        # NeMo's SkipResumeTrainingValidationLoop, which is not to repeat a validation before the
+        # first step, would leave out that after it too.
+        trainer.fit_loop.epoch_loop.restarting = False
 
 
 class WholePassSampler(MegatronPretrainingBatchSampler):
