@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.dataset import GPTSFTKDDataset
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
-from nemo_kd.resume import WholePassSampler
+from nemo_kd.resume import WholePassSampler, ignore_sigterm
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SFT_TERMS = ("sft_loss",)
@@ -182,7 +182,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     ) -> Any:
         sampler = "MegatronPretrainingBatchSampler"
         with patch.object(megatron_gpt_sft_model, sampler, WholePassSampler):
-            return super().build_data_loader(dataset, data_cfg, consumed_samples)
+            loader = super().build_data_loader(dataset, data_cfg, consumed_samples)
+        loader.worker_init_fn = ignore_sigterm
+        return loader
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
     MegatronPretrainingBatchSampler,
 )
@@ -72,6 +73,10 @@ class StopOnSigterm(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
+        # Slurm signals the children too. That of Megatron's checkpoint writer, which it starts at
+        # the first checkpoint and keeps, ignores what this process ignores when it starts.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _get_write_results_queue()
         # For Lightning's own handler, which would end each rank at another step, unsaved.
         signal.signal(signal.SIGTERM, self._ask)
 
@@ -93,6 +98,11 @@ class StopOnSigterm(Callback):
                     callback.on_train_end(trainer)
             saved = f"the same command goes on from the checkpoint in {checkpoint.dirpath}"
         sys.exit(f"stopped by SIGTERM after step {step}; {saved}" if trainer.is_global_zero else 1)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For a data loader's workers: the loss of one would end the run before its checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ExactCounts(Callback):

@@ -2,7 +2,7 @@
 
     python stopped_run.py SIGNAL STEP RANK arguments of the example
 
-At the end of step STEP the process of rank RANK has SIGNAL.
+At the end of step STEP the process of rank RANK has SIGNAL, and its children, as Slurm does it.
 """
 
 import os
@@ -19,10 +19,12 @@ def main() -> None:
 
     name, step, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     del sys.argv[1:4]
+    if os.getpgrp() != os.getpid():  # torchrun's processes lead a group already
+        os.setpgrp()
 
     def send(self: Any, trainer: Any, *_: Any) -> None:
         if trainer.global_step == step and os.environ.get("RANK", "0") == rank:
-            os.kill(os.getpid(), signal.Signals[name])
+            os.killpg(0, signal.Signals[name])
 
     resume.ExactCounts.on_train_batch_end = send  # type: ignore[method-assign]
     runpy.run_path(str(EXAMPLES / "train_kd_sft.py"), run_name="__main__")

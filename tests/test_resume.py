@@ -23,6 +23,7 @@ def arguments(student: Path, cache: Path, logs: Path, *more: str) -> list[str]:
         *(f"model.data.{name}.global_batch_size=2" for name in ("train_ds", "validation_ds")),
         # the layouts' order of samples is the same at 1 alone
         *(f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")),
+        "model.data.train_ds.num_workers=1",
         "exp_manager.create_checkpoint_callback=true",
         *more,
     ]
