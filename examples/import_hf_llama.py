@@ -3,9 +3,6 @@
     python examples/import_hf_llama.py source=SmolLM2-135M-Instruct.gguf output=teacher.nemo
     python examples/import_hf_llama.py source=llama-3-8b output=student.nemo keep_layers=[0,15,31]
 
-Layouts (h hidden size, d head size, g key/value groups, q query heads a group):
-  linear_qkv [g * (q + 2) * d, h]: group by group, its q query heads, its key head, its value head
-  linear_fc1 [2 * ffn, h]: gate rows, then up rows
 The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
 """
 
@@ -20,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd import cpu_backend
 from nemo_kd.config import refuse_unknown_keys
+from nemo_kd.hf_llama import MODEL_TYPES, nemo_config, to_megatron
 from nemo_kd.launch import (
     build_trainer,
     drop_noise,
@@ -27,8 +25,6 @@ from nemo_kd.launch import (
     save_nemo,
     user_errors,
 )
-
-MODEL_TYPES = ("llama", "mistral", "qwen2")  # one architecture; qwen2 has a bias in q, k and v
 
 
 def load_source(source: Path) -> tuple[Any, Any]:
@@ -91,129 +87,12 @@ def from_gguf(tokenizer: Any, source: Path) -> Any:
     )
 
 
-def nemo_config(hf: Any, tokenizer_directory: Path, num_layers: int) -> DictConfig:
-    """Return NeMo's model config for a Hugging Face config of the Llama family.
-
-    Raises:
-        ValueError: The model uses what NeMo's model has no key for.
-    """
-    if getattr(hf, "use_sliding_window", False) or (
-        hf.model_type == "mistral" and getattr(hf, "sliding_window", None)
-    ):
-        raise ValueError("source: sliding-window attention is not supported")
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    return OmegaConf.create(
-        {
-            "mcore_gpt": True,
-            "micro_batch_size": 1,
-            "global_batch_size": 1,
-            "tensor_model_parallel_size": 1,
-            "pipeline_model_parallel_size": 1,
-            "encoder_seq_length": hf.max_position_embeddings,
-            "max_position_embeddings": hf.max_position_embeddings,
-            "num_layers": num_layers,
-            "hidden_size": hf.hidden_size,
-            "ffn_hidden_size": hf.intermediate_size,
-            "num_attention_heads": hf.num_attention_heads,
-            "num_query_groups": hf.num_key_value_heads,
-            "kv_channels": head_dim,
-            "init_method_std": hf.initializer_range,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "ffn_dropout": 0.0,
-            "normalization": "rmsnorm",
-            "layernorm_epsilon": hf.rms_norm_eps,
-            "activation": "fast-swiglu",
-            "bias": False,
-            "qkv_bias": hf.model_type == "qwen2" or getattr(hf, "attention_bias", False),
-            "position_embedding_type": "rope",
-            "rotary_percentage": 1.0,
-            "rotary_base": hf.rope_theta,
-            "share_embeddings_and_output_weights": hf.tie_word_embeddings,
-            "make_vocab_size_divisible_by": 128,
-            "apply_query_key_layer_scaling": False,
-            "precision": 32,
-            "tokenizer": {
-                "library": "huggingface",
-                "type": str(tokenizer_directory),
-                "use_fast": True,
-            },
-            "optim": {"name": "adamw", "lr": 1e-5},
-            "data": {},
-            **rope_scaling_config(hf),
-        }
-    )
-
-
-def rope_scaling_config(hf: Any) -> dict[str, Any]:
-    """Return NeMo's keys for Hugging Face's `rope_scaling` (none, linear, llama3)."""
-    scaling = getattr(hf, "rope_scaling", None)
-    if not scaling:
-        return {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "linear":
-        return {"seq_len_interpolation_factor": scaling["factor"]}
-    if kind == "llama3":
-        return {
-            "scale_positional_embedding": True,
-            "scale_factor": scaling["factor"],
-            "low_freq_factor": scaling["low_freq_factor"],
-            "high_freq_factor": scaling["high_freq_factor"],
-            "old_context_len": scaling["original_max_position_embeddings"],
-        }
-    raise ValueError(f"source: expected rope_scaling linear or llama3, got {kind}")
-
-
-def megatron_weights(
-    hf_model: Any, layers: list[int], padded_vocab_size: int
-) -> dict[str, torch.Tensor]:
-    """Return the weights under Megatron Core's names (of its local layer spec).
-
-    Rows of the embedding past the source's own are zero, and so are their logits.
-    """
-    hf, source = hf_model.config, hf_model.state_dict()
-    groups = hf.num_key_value_heads
-
-    def by_group(kind: str, layer: int, parameter: str) -> torch.Tensor:
-        tensor = source[f"model.layers.{layer}.self_attn.{kind}_proj.{parameter}"]
-        return tensor.reshape(groups, -1, *tensor.shape[1:])
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        rows = min(padded_vocab_size, len(tensor))
-        out = tensor.new_zeros(padded_vocab_size, tensor.shape[1])
-        out[:rows] = tensor[:rows]
-        return out
-
-    weights = {
-        "embedding.word_embeddings.weight": padded(source["model.embed_tokens.weight"]),
-        "decoder.final_layernorm.weight": source["model.norm.weight"],
-    }
-    if not hf.tie_word_embeddings:
-        weights["output_layer.weight"] = padded(source["lm_head.weight"])
-    for new, old in enumerate(layers):
-        to, hf_layer = f"decoder.layers.{new}.", f"model.layers.{old}."
-        for parameter in ("weight", "bias"):
-            if f"{hf_layer}self_attn.q_proj.{parameter}" in source:
-                qkv = torch.cat([by_group(kind, old, parameter) for kind in "qkv"], dim=1)
-                weights[f"{to}self_attention.linear_qkv.{parameter}"] = qkv.flatten(0, 1)
-        weights |= {
-            f"{to}input_layernorm.weight": source[f"{hf_layer}input_layernorm.weight"],
-            f"{to}self_attention.linear_proj.weight": source[f"{hf_layer}self_attn.o_proj.weight"],
-            f"{to}pre_mlp_layernorm.weight": source[f"{hf_layer}post_attention_layernorm.weight"],
-            f"{to}mlp.linear_fc1.weight": torch.cat(
-                [source[f"{hf_layer}mlp.{kind}_proj.weight"] for kind in ("gate", "up")]
-            ),
-            f"{to}mlp.linear_fc2.weight": source[f"{hf_layer}mlp.down_proj.weight"],
-        }
-    return weights
-
-
 def for_spec(name: str, names: set[str]) -> str:
-    """Return `name` as the built model has it: Transformer Engine fuses a norm into its linear."""
+    """Return `name` as the built model has it: only Transformer Engine's fuses its norms."""
     if name in names:
         return name
-    return name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
-        "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+    return name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
+        "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
     )
 
 
@@ -232,7 +111,9 @@ def import_hf_llama(config: DictConfig) -> None:
         )
 
     tokenizer_directory = output.with_suffix(".tokenizer")
-    model_config = nemo_config(hf_model.config, tokenizer_directory, len(layers))
+    model_config = OmegaConf.create(
+        nemo_config(hf_model.config, str(tokenizer_directory), len(layers))
+    )
     biased = [
         name for name in hf_model.state_dict() if re.search(r"(o|gate|up|down)_proj.bias", name)
     ]
@@ -266,9 +147,13 @@ def import_hf_llama(config: DictConfig) -> None:
     model = MegatronGPTSFTModel(model_config, trainer)
     (module,) = model.get_model_module_list()
     names = {name for name, _ in module.named_parameters()}
+    source = hf_model.state_dict()
+    if hf_model.config.tie_word_embeddings:
+        del source["lm_head.weight"]
+    num_groups = hf_model.config.num_key_value_heads
     weights = {
         for_spec(name, names): tensor
-        for name, tensor in megatron_weights(hf_model, layers, model.padded_vocab_size).items()
+        for name, tensor in to_megatron(source, num_groups, layers, model.padded_vocab_size)
     }
     if set(weights) != names:
         raise ValueError(

@@ -110,18 +110,24 @@ def train_kd_sft(config: DictConfig) -> None:
         # of model.restore_from_path, not of the checkpoint of an earlier run
         config.exp_manager.resume_if_exists = False
     model_config = merge_model_config(config, student)
-    from nemo.utils.exp_manager import exp_manager
 
     from nemo_kd.model import MegatronGPTSFTKDModel
+    from nemo_kd.resume import exit_if_out_of_time, start_exp_manager
     from nemo_kd.summary import ClosingSummary
 
+    with open_dict(config):
+        config.model = model_config  # what the trainer's plugins read of it is the .nemo's too
     trainer = build_trainer(config)
     check_batches(model_config, trainer.world_size)
-    exp_manager(trainer, config.exp_manager)
+    start_exp_manager(trainer, config.exp_manager)
     initialize_model_parallel(trainer, model_config)
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
+    if config.model.peft.peft_scheme is not None:
+        from nemo_kd.lora import add_adapters
+
+        add_adapters(model, config.model.peft)
     summary = ClosingSummary()
     trainer.callbacks.append(summary)
     try:
@@ -130,6 +136,7 @@ def train_kd_sft(config: DictConfig) -> None:
         sys.exit(STOPPED_BY_SIGTERM)
     if validates:
         return
+    exit_if_out_of_time(trainer)
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)

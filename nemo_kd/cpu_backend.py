@@ -147,6 +147,7 @@ def _replace_apex_and_transformer_engine() -> None:
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
     from nemo.collections.nlp.modules.common.megatron import build_model, clip_grads, utils
     from nemo.collections.nlp.parts import nlp_overrides
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
     # NLPDDPStrategy refuses without Apex; its isinstance checks name Apex's optimizers, which
     # nothing can be an instance of here.
@@ -167,6 +168,8 @@ def _replace_apex_and_transformer_engine() -> None:
         )
 
     megatron_gpt_model.get_specs = get_local_spec
+
+    AVAILABLE_OPTIMIZERS["adamw"] = _AdamW
 
     # Apex's functions of these names, which Megatron Core has too.
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
@@ -191,6 +194,29 @@ def _name_the_checkpoint_format() -> None:
         filesystem_async._write_item = functools.partial(
             write_item, serialization_format=filesystem.SerializationFormat.TORCH_SAVE
         )
+
+
+class _AdamW(torch.optim.AdamW):
+    """torch's, with `step` where Apex's FusedAdam has it: in the parameter group.
+
+    NeMo's checkpoints shard whatever stands in a parameter's state as the parameter itself is
+    sharded, which a number cannot be.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if self.state[parameter]:
+                    self.state[parameter]["step"] = torch.tensor(float(group.get("step", 0)))
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                self.state[parameter].pop("step", None)
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's asks for each parameter's step
 
 
 def _answer_cuda_calls_on_cpu() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
+from nemo_kd.resume import WholePassSampler, ignore_sigterm
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SFT_TERMS = ("sft_loss",)
@@ -202,6 +203,15 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         }
         with patch.multiple(megatron_gpt_sft_model, **classes):
             yield
+
+    def build_data_loader(
+        self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
+    ) -> Any:
+        sampler = "MegatronPretrainingBatchSampler"
+        with patch.object(megatron_gpt_sft_model, sampler, WholePassSampler):
+            loader = super().build_data_loader(dataset, data_cfg, consumed_samples)
+        loader.worker_init_fn = ignore_sigterm
+        return loader
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)

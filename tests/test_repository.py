@@ -20,7 +20,9 @@ NEMO_FILES = {
     "dump.py",
     "known_keys.py",
     "launch.py",
+    "lora.py",
     "model.py",
+    "resume.py",
 }
 
 
@@ -42,7 +44,9 @@ def test_readme_shows_the_tree() -> None:
     assert shown - {"tests/"} == python | folders
 
 
-@pytest.mark.parametrize("name", ["dump_teacher_topk", "train_kd_sft", "import_hf_llama"])
+@pytest.mark.parametrize(
+    "name", ["dump_teacher_topk", "train_kd_sft", "import_hf_llama", "export_hf_llama"]
+)
 def test_yaml_composes(name: str) -> None:
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         assert compose(name)

@@ -1,0 +1,239 @@
+"""The Llama family's weights as Hugging Face and as Megatron Core lay them out, in both directions.
+
+With h the hidden size, d the head size, g the key/value groups and q the query heads a group:
+
+    linear_qkv  [g * (q + 2) * d, h]  by group: its q query heads, its key head, its value head
+    linear_fc1  [2 * ffn, h]          gate rows, then up rows
+
+Everything else is one matrix in both. Megatron's names are those of its checkpoints, which have the
+layers along the first axis and are the same for every layer spec: Transformer Engine's, which fuses
+each norm into the linear layer behind it, gave them.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")  # one architecture; qwen2 has a bias in q, k and v
+
+# Of one layer: Megatron's name, and those of the Hugging Face matrices that it holds.
+LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+# Outside the layers.
+WHOLE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",  # absent where the embedding is shared
+}
+VOCAB_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded in Megatron
+
+# What makes a NeMo model one of the Llama family.
+ARCHITECTURE = {
+    "normalization": "rmsnorm",
+    "activation": "fast-swiglu",
+    "bias": False,
+    "position_embedding_type": "rope",
+    "rotary_percentage": 1.0,
+}
+LLAMA3_ROPE = {  # NeMo's keys, with its defaults, and Hugging Face's
+    ("scale_factor", 8): "factor",
+    ("low_freq_factor", 1): "low_freq_factor",
+    ("high_freq_factor", 4): "high_freq_factor",
+    ("old_context_len", 8192): "original_max_position_embeddings",
+}
+
+
+def to_megatron(
+    source: dict[str, Tensor], num_groups: int, layers: list[int], padded_vocab_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield Megatron's weights, named as WHOLE and `decoder.layers.<n>.<LAYER>` are.
+
+    Args:
+        source: A Hugging Face state dict.
+        num_groups: Key/value groups.
+        layers: The source's layers to take, in this order.
+        padded_vocab_size: Rows of the embedding; those past the source's own are zero, and so are
+            their logits.
+    """
+    for name, hf_name in WHOLE.items():
+        if hf_name not in source:
+            continue
+        tensor = source[hf_name]
+        if name in VOCAB_ROWS:
+            padded = tensor.new_zeros(padded_vocab_size, tensor.shape[1])
+            num_rows = min(padded_vocab_size, len(tensor))
+            padded[:num_rows] = tensor[:num_rows]
+            tensor = padded
+        yield name, tensor
+    for new, old in enumerate(layers):
+        for name, hf_names in LAYER.items():
+            full_names = [f"model.layers.{old}.{hf_name}" for hf_name in hf_names]
+            if full_names[0] in source:
+                parts = [source[full_name] for full_name in full_names]
+                yield f"decoder.layers.{new}.{name}", _join(parts, _num_groups(name, num_groups))
+
+
+def to_hf(
+    weights: MutableMapping[str, Tensor], shapes: dict[str, torch.Size], num_groups: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Hugging Face state dict; each of `weights` is removed from it when it is used.
+
+    Args:
+        weights: Megatron's, named as WHOLE and `decoder.layers.<LAYER>` are, the latter
+            with the layers along the first axis.
+        shapes: Of each Hugging Face parameter: the vocabulary's rows past it are padding.
+        num_groups: Key/value groups.
+    """
+    for name, hf_name in WHOLE.items():
+        if name in weights:
+            yield hf_name, weights.pop(name)[: shapes[hf_name][0]]
+    for name, hf_names in LAYER.items():
+        stacked = weights.pop(f"decoder.layers.{name}", None)
+        for layer, tensor in enumerate(() if stacked is None else stacked.unbind()):
+            full_names = [f"model.layers.{layer}.{hf_name}" for hf_name in hf_names]
+            sizes = [shapes[hf_name][0] for hf_name in full_names]
+            parts = _split(tensor, sizes, _num_groups(name, num_groups))
+            yield from zip(full_names, parts, strict=True)
+
+
+def _num_groups(name: str, num_groups: int) -> int:
+    """Into how many parts each matrix of linear_qkv is cut; the others stay whole."""
+    return num_groups if "linear_qkv" in name else 1
+
+
+def _join(parts: list[Tensor], num_groups: int) -> Tensor:
+    """Matrices [rows, ...] -> one, group by group."""
+    if len(parts) == 1:
+        return parts[0]
+    grouped = [part.reshape(num_groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _split(tensor: Tensor, sizes: list[int], num_groups: int) -> list[Tensor]:
+    """The inverse of _join, for matrices of these numbers of rows, in memory of their own."""
+    if len(sizes) == 1:
+        return [tensor.clone()]
+    grouped = tensor.reshape(num_groups, -1, *tensor.shape[1:])
+    parts = torch.split(grouped, [size // num_groups for size in sizes], dim=1)
+    return [part.flatten(0, 1).contiguous() for part in parts]
+
+
+def nemo_config(hf: Any, tokenizer_directory: str, num_layers: int) -> dict[str, Any]:
+    """Return NeMo's model config for a Hugging Face config of the Llama family.
+
+    Raises:
+        ValueError: The model uses what NeMo's model has no key for.
+    """
+    if getattr(hf, "use_sliding_window", False) or (
+        hf.model_type == "mistral" and getattr(hf, "sliding_window", None)
+    ):
+        raise ValueError("source: sliding-window attention is not supported")
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return {
+        "mcore_gpt": True,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "encoder_seq_length": hf.max_position_embeddings,
+        "max_position_embeddings": hf.max_position_embeddings,
+        "num_layers": num_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": head_dim,
+        "init_method_std": hf.initializer_range,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "ffn_dropout": 0.0,
+        "layernorm_epsilon": hf.rms_norm_eps,
+        **ARCHITECTURE,
+        "qkv_bias": hf.model_type == "qwen2" or getattr(hf, "attention_bias", False),
+        "rotary_base": hf.rope_theta,
+        "share_embeddings_and_output_weights": hf.tie_word_embeddings,
+        "make_vocab_size_divisible_by": 128,
+        "apply_query_key_layer_scaling": False,
+        "precision": 32,
+        "tokenizer": {"library": "huggingface", "type": tokenizer_directory, "use_fast": True},
+        "optim": {"name": "adamw", "lr": 1e-5},
+        "data": {},
+        **_nemo_rope_scaling(hf),
+    }
+
+
+def _nemo_rope_scaling(hf: Any) -> dict[str, Any]:
+    """NeMo's keys for Hugging Face's `rope_scaling` (none, linear, llama3)."""
+    scaling = getattr(hf, "rope_scaling", None)
+    if not scaling:
+        return {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "linear":
+        return {"seq_len_interpolation_factor": scaling["factor"]}
+    if kind == "llama3":
+        factors = {key: scaling[hf_key] for (key, _), hf_key in LLAMA3_ROPE.items()}
+        return {"scale_positional_embedding": True, **factors}
+    raise ValueError(f"source: expected rope_scaling linear or llama3, got {kind}")
+
+
+def hf_config(nemo: Any, vocab_size: int, tokens: dict[str, int | None]) -> Any:
+    """Return the Hugging Face config of a NeMo model: LlamaConfig, or Qwen2Config with its biases.
+
+    Args:
+        nemo: NeMo's model config.
+        vocab_size: Without Megatron's padding.
+        tokens: bos_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+        ValueError: The model is not one of the Llama family.
+    """
+    from transformers import LlamaConfig, Qwen2Config
+
+    for key, expected in ARCHITECTURE.items():
+        # rotary_percentage is 1 unless named
+        if nemo.get(key, 1.0 if key == "rotary_percentage" else None) != expected:
+            raise ValueError(
+                f"source: expected a model of the Llama family ({key}: {expected}), got "
+                f"{key}: {nemo.get(key)}"
+            )
+    for key in ("num_moe_experts", "window_size", "qk_layernorm"):
+        if nemo.get(key):
+            raise ValueError(
+                f"source: expected a model of the Llama family, got one with {key}: {nemo[key]}"
+            )
+    num_heads = nemo.num_attention_heads
+    head_dim = nemo.get("kv_channels") or nemo.hidden_size // num_heads
+    return (Qwen2Config if nemo.get("qkv_bias", False) else LlamaConfig)(
+        vocab_size=vocab_size,
+        hidden_size=nemo.hidden_size,
+        intermediate_size=nemo.ffn_hidden_size,
+        num_hidden_layers=nemo.num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=nemo.get("num_query_groups") or num_heads,
+        head_dim=head_dim,
+        max_position_embeddings=nemo.max_position_embeddings,
+        initializer_range=nemo.get("init_method_std", 0.02),
+        rms_norm_eps=nemo.get("layernorm_epsilon", 1e-5),
+        rope_theta=float(nemo.get("rotary_base", 10000)),
+        rope_scaling=_hf_rope_scaling(nemo),
+        tie_word_embeddings=nemo.get("share_embeddings_and_output_weights", True),
+        **tokens,
+    )
+
+
+def _hf_rope_scaling(nemo: Any) -> dict[str, Any] | None:
+    if nemo.get("scale_positional_embedding", False):
+        factors = {hf_key: nemo.get(key, value) for (key, value), hf_key in LLAMA3_ROPE.items()}
+        return {"rope_type": "llama3", **factors}
+    if nemo.get("seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": nemo.seq_len_interpolation_factor}
+    return None

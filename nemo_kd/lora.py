@@ -1,0 +1,62 @@
+"""NeMo's LoRA (`model.peft`) on Megatron Core 0.12 and later.
+
+NeMo 2.4's attention with adapters, MCoreSelfAttentionMixin, has its own copy of the forward pass of
+an older Megatron Core, which Core's layers call with arguments that it does not know. Here Core's
+own forward runs instead: in it NeMo's get_query_key_value_tensors adds the adapters of q, k and v,
+and what is left of the copy, the adapter of the output projection, is added to its result.
+"""
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins import (
+    MCoreSelfAttentionMixin,
+)
+from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import AdapterName
+from nemo.collections.nlp.parts.peft_config import LoraPEFTConfig
+from omegaconf import DictConfig
+
+from nemo_kd.launch import read_model_config
+
+
+def add_adapters(model: Any, peft: DictConfig) -> None:
+    """Freeze the model and give it adapters, new ones or those of `peft.restore_from_path`.
+
+    As NeMo's megatron_gpt_finetuning.py does it. What the model saves from then on are the adapters
+    alone.
+
+    Args:
+        model: A MegatronGPTSFTModel whose config has `peft`.
+        peft: That section.
+
+    Raises:
+        ValueError: Another scheme than LoRA, a model that NeMo's adapters would change, or no such
+            .nemo.
+    """
+    if peft.peft_scheme != "lora":
+        raise ValueError(f"expected model.peft.peft_scheme=lora or null, got {peft.peft_scheme}")
+    if model.cfg.get("qk_layernorm", False):
+        raise ValueError("model.peft: NeMo's adapters leave out the norms of qk_layernorm=true")
+    MCoreSelfAttentionMixin.forward = _attention_with_adapters
+    settings = LoraPEFTConfig(model.cfg)
+    if peft.restore_from_path is None:
+        model.add_adapter(settings)
+    else:
+        read_model_config(peft.restore_from_path, "model.peft.restore_from_path")
+        model.load_adapters(peft.restore_from_path, settings)
+
+
+def _attention_with_adapters(
+    self: MCoreSelfAttentionMixin, *inputs: Any, **more: Any
+) -> tuple[Any, Any]:
+    projected: list[Any] = []
+    hook = self.linear_proj.register_forward_pre_hook(lambda _, args: projected.append(args[0]))
+    try:
+        output, bias = SelfAttention.forward(self, *inputs, **more)
+    finally:
+        hook.remove()
+    name = AdapterName.LORA_DENSE_ATTENTION_ADAPTER
+    adapter = self.get_adapter_module(name) if self.is_adapter_available() else None
+    if adapter is not None and self.adapter_cfg[name]["enabled"]:
+        output = output + adapter(projected[0])
+    return output, bias
