@@ -151,7 +151,7 @@ class GPTSFTKDDataset(GPTSFTDataset):
 
 
 # NeMo's first_fit takes time by the square of the samples. Windows of so many fill packs to 98% and
-# take 4 to 11 s a million samples.
+# take 4 to 9 s a million samples.
 _SAMPLES_PER_PACKING = 512
 
 
