@@ -73,10 +73,11 @@ class StopOnSigterm(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
-        # Slurm signals the children too. That of Megatron's checkpoint writer, which it starts at
-        # the first checkpoint and keeps, ignores what this process ignores when it starts.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _get_write_results_queue()
+        if trainer.checkpoint_callback is not None:
+            # Slurm signals the children too. That of Megatron's checkpoint writer, which it starts
+            # at the first checkpoint and keeps, ignores what this process ignores at its start.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _get_write_results_queue()
         # For Lightning's own handler, which would end each rank at another step, unsaved.
         signal.signal(signal.SIGTERM, self._ask)
 
@@ -96,7 +97,7 @@ class StopOnSigterm(Callback):
             for callback in trainer.callbacks:
                 if isinstance(callback, AsyncFinalizerCallback):
                     callback.on_train_end(trainer)
-            saved = f"the same command goes on from the checkpoint in {checkpoint.dirpath}"
+            saved = f"the same command goes on from there: {checkpoint.dirpath}"
         sys.exit(f"stopped by SIGTERM after step {step}; {saved}" if trainer.is_global_zero else 1)
 
 

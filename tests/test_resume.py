@@ -80,7 +80,7 @@ def preempted(
     output = run_example(
         STOPPED_RUN, "SIGTERM", 2, 0, *arguments(nemos["tied"], cache, logs), succeeds=False
     )
-    assert "stopped by SIGTERM after step 2; the same command goes on from" in output
+    assert "stopped by SIGTERM after step 2; the same command goes on from there" in output
     assert "Traceback" not in output
     assert checkpoints(logs) == ["2"]
     return logs
