@@ -8,7 +8,6 @@ sft_loss_weight=1 is plain SFT on the same samples.
 """
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from nemo_kd import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.known_keys import exp_manager_keys, model_keys, optim_keys, trainer_keys
 from nemo_kd.launch import (
-    STOPPED_BY_SIGTERM,
     build_trainer,
     check_layout,
     check_sequence_length,
+    exit_stopped,
     initialize_model_parallel,
     prepare_accelerator,
     read_model_config,
@@ -132,8 +131,8 @@ def train_kd_sft(config: DictConfig) -> None:
     trainer.callbacks.append(summary)
     try:
         (trainer.validate if validates else trainer.fit)(model)
-    except SIGTERMException:  # Lightning's, which says 0 as if all were done
-        sys.exit(STOPPED_BY_SIGTERM)
+    except SIGTERMException:  # Lightning's, outside of training; it says 0, as if all were done
+        exit_stopped("stopped by SIGTERM" if trainer.is_global_zero else None)
     if validates:
         return
     exit_if_out_of_time(trainer)

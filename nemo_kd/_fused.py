@@ -202,8 +202,10 @@ def gradient(
     scale = (student.offset - student.log_sum).exp_().mul_(config.sft_loss_weight)
     scale_t = None
     if config.tail != "renormalize":
-        # At most 0 unless the outside is empty (inf), and then `dense` is 0.
-        exponent = (student.offset / config.temperature - student.log_outside).clamp_(max=0)
+        # At most 0; if the outside is empty inf or, where T < 1 takes the offset out of float32,
+        # NaN, but then `dense` is 0.
+        exponent = student.offset / config.temperature - student.log_outside
+        exponent = exponent.nan_to_num_(nan=0).clamp_(max=0)
         scale_t = exponent.exp_().mul_(dense)
         if work_t is work:
             scale, scale_t = scale.add_(scale_t), None

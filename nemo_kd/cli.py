@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,8 +211,8 @@ def _differences(cache: TopKCache, files: list[str], tokenizer_path: str) -> Ite
 
     from nemo_kd.config import DataConfig, read_settings
     from nemo_kd.dataset import tokenizer_fingerprint
+    from nemo_kd.sources import build_samples, cut_sample
 
-    dump = import_module("nemo_kd.dump")  # untyped, as all that is made of NeMo
     manifest = cache.manifest
     tokenizer = _read_tokenizer(Path(tokenizer_path))
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
@@ -238,11 +237,11 @@ def _differences(cache: TopKCache, files: list[str], tokenizer_path: str) -> Ite
         ),
     )
     model._build_dataset = partial(MegatronGPTSFTModel._build_dataset, model)
-    samples = dump._build_samples(model, data, sources)
+    samples = build_samples(model, data, sources)
     if len(samples) != len(cache):
         yield f"{cache.path}: {len(cache)} samples, in the source files {len(samples)}"
     for number in tqdm(range(min(len(samples), len(cache))), unit=" samples", disable=None):
-        expected = dump._sample(samples[number], samples.datasets[0])
+        expected = cut_sample(samples[number], samples.datasets[0])
         try:
             stored = cache[number]
         except (ValueError, OSError) as error:

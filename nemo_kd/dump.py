@@ -6,23 +6,16 @@ window's samples are sorted by length, so that the micro batches waste little on
 written in their own order. So every micro batch depends on the shard and the manifest alone.
 """
 
-import json
-import os
 import re
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-import xxhash
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -34,33 +27,32 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from nemo_kd import cpu_backend
-from nemo_kd.cache import CacheWriter, Manifest, SourceFile
-from nemo_kd.cache.manifest import fingerprint_file
+from nemo_kd.cache import CacheWriter, Manifest
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.dataset import tokenizer_fingerprint
 from nemo_kd.known_keys import model_keys, trainer_keys
 from nemo_kd.launch import (
-    STOPPED_BY_SIGTERM,
     build_trainer,
     check_layout,
     check_sequence_length,
+    exit_stopped,
+    ignore_sigterm,
     initialize_model_parallel,
     prepare_accelerator,
     read_model_config,
 )
 from nemo_kd.selection import SelectionConfig, TeacherRows, select_teacher_rows
+from nemo_kd.sources import build_samples, check_source, cut_sample, fingerprint_teacher
 
 # Micro batches that are sorted by length together; their rows wait in the host's memory.
 _MICRO_BATCHES_PER_WINDOW = 16
 _TOKENS_PER_SELECTION = 256
 # How long replicas wait for each other's shards.
 _PATIENCE = timedelta(days=7)
-_POLL_S = 1.0
-_LAYOUT_KEYS = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "sequence_parallel",
-)
+# Seconds between looks at what other jobs have left: each is a few operations a claim.
+_POLL_S = 5
+# In the place of a shard's number: the leader was asked to stop while it waited.
+_STOP = -1
 # Settings of `data` that say where and how to read, not what the tokens are.
 _NOT_IN_MANIFEST = (
     "file_names",
@@ -101,9 +93,9 @@ def dump_teacher_topk(config: DictConfig) -> None:
     everyone = torch.distributed.new_group(timeout=_PATIENCE, backend="gloo")
     # Before the weights are read: a broken line costs seconds, not the loading of a teacher.
     sources = _on_rank_zero(
-        lambda: [_check_source(path, data) for path in data.file_names], everyone
+        lambda: [check_source(path, data) for path in data.file_names], everyone
     )
-    teacher_fingerprint = _on_rank_zero(lambda: _fingerprint_teacher(config), everyone)
+    teacher_fingerprint = _on_rank_zero(lambda: fingerprint_teacher(config), everyone)
     model = MegatronGPTSFTModel.restore_from(
         config.teacher.restore_from_path,
         override_config_path=teacher_config,
@@ -114,7 +106,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
             f"expected selection.k of at most the vocabulary's {model.tokenizer.vocab_size}, got "
             f"{selection.k}; lower selection.k"
         )
-    samples = _build_samples(model, data, sources)
+    samples = build_samples(model, data, sources)
     manifest = Manifest(
         selection=_selection_settings(selection),
         codec=cache.codec,
@@ -130,12 +122,17 @@ def dump_teacher_topk(config: DictConfig) -> None:
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
     writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
-    stop = _Stop()
+    replica = _Replica()
     try:
-        _fill(writer, shards, _Teacher(model, selection, stop), samples, data, everyone)
-    except RuntimeError:  # a rank of the replica, or a worker that tokenises, was stopped before
-        stop.check()
+        _fill(writer, shards, replica, _Teacher(model, selection, replica), samples, data)
+        torch.distributed.barrier(everyone)
+    except RuntimeError:  # gloo's: what this rank waits for has ended, maybe by SIGTERM too
+        replica.stop_if_asked_alone()
         raise
+    if torch.distributed.get_rank() == 0:
+        missing = writer.missing_shards()
+        state = f"{len(missing)} of {manifest.num_shards} shards are still missing"
+        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
 
 
 def check_settings(
@@ -187,41 +184,91 @@ def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
     return shards
 
 
-class _Stop:
-    """SIGTERM, with which Slurm preempts: the run ends between micro batches, or while it waits.
+class _Replica:
+    """This process's replica of the teacher: its ranks go through the same shards in step.
 
-    An exit raised by the handler itself could fall between a file and the note of whose it is, and
-    leave the file behind.
+    The leader, the one rank of the last pipeline stage that writes, claims for all of them.
+
+    SIGTERM, with which Slurm preempts, ends all ranks at one place, or those that are left would
+    wait in a collective without end. An exit raised by the handler itself could fall between a
+    file and the note of whose it is, and leave the file behind.
     """
 
     def __init__(self) -> None:
+        ranks = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        self.leads = (
+            parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        told: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, (ranks, self.leads))
+        self._leader = next(rank for rank in ranks if told[rank][1])
+        for replica in sorted({tuple(other) for other, _ in told}):
+            # every rank takes part in the making of every group
+            group = torch.distributed.new_group(replica, timeout=_PATIENCE, backend="gloo")
+            if list(replica) == ranks:
+                self._group = group
         self._asked = False
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: Any) -> None:
         self._asked = True
 
-    def check(self) -> None:
-        """Exit if it was asked for: unwinding removes the open shard and its claim."""
-        if self._asked:
-            print(
-                "stopped by SIGTERM; the finished shards stay, and the same command goes on from "
-                "them",
-                file=sys.stderr,
-            )
-            sys.exit(STOPPED_BY_SIGTERM)
+    def claim_shards(self, writer: CacheWriter, shards: list[int]) -> Iterator[int]:
+        """The shards that this replica is to fill; ends when all of `shards` are there."""
+        with closing(writer.claim_shards(shards, wait=self._wait)) as claims:
+            while True:
+                shard = [self._next(claims)]
+                torch.distributed.broadcast_object_list(shard, self._leader, self._group)
+                if shard[0] == _STOP:
+                    self._stop()
+                if shard[0] is None:
+                    return
+                yield shard[0]
 
-    def wait(self) -> None:
-        """Pass a moment, for another job's shard."""
-        self.check()
-        time.sleep(_POLL_S)
+    def stop_if_asked(self) -> None:
+        """End all ranks if any was asked to: unwinding removes the open shard and its claim."""
+        asked = torch.tensor(int(self._asked))
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
+        if asked:
+            self._stop()
+
+    def stop_if_asked_alone(self) -> None:
+        """The same, where the other ranks can no longer be told."""
+        if self._asked:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        exit_stopped(
+            "stopped by SIGTERM; the finished shards stay, and the same command goes on from them"
+            if self.leads
+            else None
+        )
+
+    def _next(self, claims: Iterator[int]) -> int | None:
+        """On the leader the next shard, if there is one, or _STOP."""
+        if not self.leads:
+            return None
+        try:
+            return next(claims, None)
+        except InterruptedError:
+            return _STOP
+
+    def _wait(self) -> None:
+        """Pass some seconds, while other jobs are at work on what is left."""
+        for _ in range(_POLL_S):
+            if self._asked:
+                raise InterruptedError
+            time.sleep(1)
 
 
 class _Teacher:
     """The model, forward only: a list of samples to the rows of each."""
 
-    def __init__(self, model: Any, selection: SelectionConfig, stop: _Stop) -> None:
-        self.stop = stop
+    def __init__(self, model: Any, selection: SelectionConfig, replica: _Replica) -> None:
+        self._replica = replica
+        # Stages of a pipeline are at different micro batches, and agree between windows alone.
+        self._has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
         (self._module,) = model.get_model_module_list()
         self._model = model.model
         self._selection = selection
@@ -241,6 +288,8 @@ class _Teacher:
 
         Empty but on the last pipeline stage.
         """
+        if self._has_stages:
+            self._replica.stop_if_asked()
         with torch.no_grad():
             collected: list[TeacherRows] = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
@@ -255,7 +304,8 @@ class _Teacher:
         return collected
 
     def _forward_step(self, batches: Iterator[dict[str, Any]], model: Any) -> Any:
-        self.stop.check()
+        if not self._has_stages:
+            self._replica.stop_if_asked()
         names = ("tokens", "position_ids", "labels", "loss_mask", "sample_numbers")
         batch = next(batches)
         self._batch = {name: batch[name].to(self._device, non_blocking=True) for name in names}
@@ -291,12 +341,11 @@ class _Teacher:
 def _fill(
     writer: CacheWriter,
     shards: list[int],
+    replica: _Replica,
     teacher: _Teacher,
     samples: ConcatDataset[Any],
     data: DataConfig,
-    everyone: Any,
 ) -> None:
-    replica = _Replica()
     rank = parallel_state.get_data_parallel_rank()
     missing = writer.missing_shards(shards)
     with (
@@ -307,7 +356,7 @@ def _fill(
             disable=not (replica.leads and rank == 0 and missing),
             mininterval=1,
         ) as bar,
-        closing(replica.claim_shards(writer, shards, teacher.stop)) as claims,
+        closing(replica.claim_shards(writer, shards)) as claims,
     ):
         num_tokens, start = 0, time.monotonic()
         for shard in claims:
@@ -319,43 +368,6 @@ def _fill(
                 refresh=False,
             )
             bar.update(min(bar.total, done * writer.manifest.samples_per_shard) - bar.n)
-    torch.distributed.barrier(everyone)
-    if torch.distributed.get_rank() == 0:
-        missing = writer.missing_shards()
-        state = f"{len(missing)} of {writer.manifest.num_shards} shards are still missing"
-        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
-
-
-class _Replica:
-    """This process's replica of the teacher: its ranks go through the same shards in step.
-
-    The leader, the one rank of the last pipeline stage that writes, claims for all of them.
-    """
-
-    def __init__(self) -> None:
-        ranks = torch.distributed.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        self.leads = (
-            parallel_state.is_pipeline_last_stage()
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
-        told: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(told, (ranks, self.leads))
-        self._leader = next(rank for rank in ranks if told[rank][1])
-        for replica in sorted({tuple(other) for other, _ in told}):
-            # every rank takes part in the making of every group
-            group = torch.distributed.new_group(replica, timeout=_PATIENCE, backend="gloo")
-            if list(replica) == ranks:
-                self._group = group
-
-    def claim_shards(self, writer: CacheWriter, shards: list[int], stop: _Stop) -> Iterator[int]:
-        """The shards that this replica is to fill; ends when all of `shards` are there."""
-        with closing(writer.claim_shards(shards, wait=stop.wait)) as claims:
-            while True:
-                shard = [next(claims, None) if self.leads else None]
-                torch.distributed.broadcast_object_list(shard, self._leader, self._group)
-                if shard[0] is None:
-                    return
-                yield shard[0]
 
 
 def _fill_shard(
@@ -382,7 +394,11 @@ def _windows(
     size = data.micro_batch_size * _MICRO_BATCHES_PER_WINDOW
     windows = [indices[start : start + size] for start in range(0, len(indices), size)]
     loader = DataLoader(
-        samples, batch_sampler=windows, num_workers=data.num_workers, collate_fn=list
+        samples,
+        batch_sampler=windows,
+        num_workers=data.num_workers,
+        collate_fn=list,
+        worker_init_fn=ignore_sigterm,
     )
     return ((window[0], items) for window, items in zip(windows, loader, strict=True))
 
@@ -413,7 +429,7 @@ def _fill_window(
         rows_of |= {i: TeacherRows(*part) for i, part in zip(indices, parts, strict=True)}
     num_tokens = 0
     for index, item in enumerate(items):
-        tokens, loss_mask, context_length = _sample(item, dataset)
+        tokens, loss_mask, context_length = cut_sample(item, dataset)
         num_tokens += len(tokens)
         if sink is not None:
             sink.add(
@@ -423,35 +439,6 @@ def _fill_window(
                 *(tensor.numpy() for tensor in rows_of[index]),
             )
     return num_tokens
-
-
-def _sample(item: dict[str, Any], dataset: Any) -> tuple[Any, Any, int]:
-    """tokens int32 [T], loss mask uint8 [T] and context length, as NeMo's collate cuts them."""
-    longest = dataset.max_seq_length
-    # GPTSFTChatDataset computes its mask with the tokens, GPTSFTDataset when it collates.
-    mask = item["mask"] if "mask" in item else dataset._build_loss_mask(item)
-    tokens = np.asarray(item["input_ids"], dtype=np.int32)[: longest + 1]
-    loss_mask = np.asarray(mask).astype(np.uint8)[: longest + 1]
-    loss_mask[:1] = 0  # nothing predicts the first token
-    return tokens, loss_mask, min(len(item["context_ids"]), longest)
-
-
-def _build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> ConcatDataset[Any]:
-    """The samples of all files in their order, by NeMo's own dataset."""
-    if data.index_mapping_dir is None:
-        # NeMo keeps an index of the lines and never looks whether the file changed since.
-        content = xxhash.xxh3_64_hexdigest("".join(source.xxh3_128 for source in sources).encode())
-        index_dir = os.path.join(tempfile.gettempdir(), f"nemo-kd-{os.getuid()}-{content}")
-        os.makedirs(index_dir, mode=0o700, exist_ok=True)
-        if os.stat(index_dir).st_uid != os.getuid():  # NeMo unpickles what lies there
-            raise ValueError(f"{index_dir} is another user's; set data.index_mapping_dir")
-    else:
-        index_dir = data.index_mapping_dir
-    settings = OmegaConf.create(asdict(data) | {"index_mapping_dir": index_dir})
-    datasets = model._build_dataset(settings, is_train=False)
-    for dataset in datasets:
-        dataset.is_test = False  # which would take a missing label for an empty one
-    return ConcatDataset(datasets)
 
 
 def _merge_teacher_config(
@@ -485,95 +472,6 @@ def _selection_settings(selection: SelectionConfig) -> dict[str, Any]:
     return {
         name: getattr(selection, name) for name in ("kind", "temperature", *names[selection.kind])
     }
-
-
-def _check_source(path: str, data: DataConfig) -> SourceFile:
-    """Read a jsonl once: each line a JSON object with the keys that the samples are made of.
-
-    Raises:
-        ValueError: It is not; names the file and the line.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"data.file_names: expected jsonl files, found no {path}")
-    if not os.path.getsize(path):
-        raise ValueError(f"{path}: expected samples, found an empty file")
-    with open(path, "rb") as lines:
-        blank = 0
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                blank = blank or number
-                continue
-            if blank:
-                raise ValueError(f"{path}, line {blank}: expected a JSON object, got a blank line")
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            missing = [
-                key for key in data.keys if not isinstance(record, dict) or key not in record
-            ]
-            if missing:
-                raise ValueError(
-                    f"{path}, line {number}: expected the keys {', '.join(data.keys)}, "
-                    f"found no {', '.join(missing)}; mend the line, or set data.prompt_template "
-                    "and data.label_key to the file's keys"
-                )
-            if data.chat and (fault := _fault_of_conversation(record)) is not None:
-                raise ValueError(f"{path}, line {number}: {fault}")
-    return fingerprint_file(path)
-
-
-def _fault_of_conversation(record: dict[str, Any]) -> str | None:
-    """What NeMo's chat dataset would fail at, in the middle of the run."""
-    turns, masked, kind = record["conversations"], record.get("mask", "User"), record.get("type")
-    if not isinstance(record["system"], str):
-        return f"expected a text as system, got {record['system']!r}"
-    if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
-        return f"expected a type of VALUE_TO_TEXT or TEXT_TO_VALUE, or none, got {kind!r}"
-    if not isinstance(turns, list) or not turns:
-        return f"expected conversations to be a list of turns, got {turns!r:.60}"
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(key), str) for key in ("from", "value")
-        ):
-            return f"turn {number}: expected texts as from and value, got {turn!r:.60}"
-        if kind is not None and not isinstance(turn.get("label"), str | None):
-            return f"turn {number}: expected a text or null as label, got {turn['label']!r}"
-    speakers = [turn["from"] for turn in turns]
-    if not isinstance(masked, str) or not set(masked.split(",")) <= set(speakers):
-        return (
-            f"expected mask, the speakers that are not learnt from (default User), to name some of "
-            f"{', '.join(sorted(set(speakers)))}, separated by commas, got {masked!r}"
-        )
-    # NeMo never learns from the first turn, but from the start of every masked one after the second
-    # (TEXT_TO_VALUE: the first), and from what follows the last turn if that one is not masked.
-    if len(turns) < (2 if kind == "TEXT_TO_VALUE" else 3) and speakers[-1] in masked:
-        return f"expected a turn to learn from, but mask {masked!r} leaves none"
-    return None
-
-
-def _fingerprint_teacher(config: DictConfig) -> str:
-    """Hash of the checkpoint, and of all that shapes its logits but the parallel layout.
-
-    Of a file its size and blocks spaced evenly: 700 GB take no longer than 1 GB.
-    """
-    block, num_blocks = 1 << 16, 64
-    path = Path(config.teacher.restore_from_path)
-    settings = OmegaConf.to_container(config.teacher, resolve=True)
-    for key in ("restore_from_path", *_LAYOUT_KEYS):
-        settings.pop(key, None)
-    digest = xxhash.xxh3_128(
-        json.dumps([settings, str(config.trainer.precision)], sort_keys=True).encode()
-    )
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with open(file, "rb") as stream:
-            for number in range(num_blocks):
-                stream.seek(number * max(0, size - block) // (num_blocks - 1))
-                digest.update(stream.read(block))
-    return digest.hexdigest()
 
 
 def _on_rank_zero(function: Any, group: Any) -> Any:

@@ -11,15 +11,28 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, open_dict
 
 from nemo_kd import cpu_backend
 
-# Exit status of a run that SIGTERM stopped, as a shell has it: no fault, the same command goes on.
-STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
+# Exit status of a run that was stopped, as a shell has it after SIGTERM: no fault, and the same
+# command goes on.
+STOPPED = 128 + signal.SIGTERM
+
+
+def exit_stopped(message: str | None) -> NoReturn:
+    """End the process with status STOPPED, and a line if it is the one to say it."""
+    if message is not None:
+        print(message, file=sys.stderr)
+    sys.exit(STOPPED)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For a data loader's workers, which Slurm signals too: the loss of one would be an error."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

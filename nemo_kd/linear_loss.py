@@ -51,10 +51,11 @@ def vocab_parallel_linear_kd_sft_loss(
         `sft_loss` and `metrics`, `[S, B]` each, detached.
 
     Both gradients are formed in the forward pass, block by block, so that beside inputs and their
-    gradients one block of logits is all there is; at TP > 1 a block's logits are computed twice.
-    Logits have the type of `hidden`; the weight's gradient is summed in float32. backward only
-    scales, and may run once. Where Megatron's DDP keeps `output_weight.main_grad`, the gradient is
-    added there and the parameter marked, as its own linear layers do.
+    gradients one block of logits is all there is, and in half precision the float32 sum of the
+    weight's gradient; at TP > 1 a block's logits are computed twice. Logits have the type of
+    `hidden`. backward only scales, and may run once. Where Megatron's DDP keeps
+    `output_weight.main_grad`, the gradient is added there and the parameter marked, as its own
+    linear layers do.
 
     Collectives: two all-reduces of K + 4 numbers a token, and one of the hidden gradient (with
     sequence parallelism a gather of `hidden` and a reduce-scatter of its gradient); none backward.
@@ -119,9 +120,10 @@ def vocab_parallel_linear_kd_sft_loss(
 class _FusedLinearLoss(torch.autograd.Function):
     """The scalar loss; the gradients of hidden states h and weight W are formed in the forward.
 
-        G = token_weights * dloss/dz,    dL/dh = G W,    dL/dW = G^T h
+        G = token_weights / unit * dloss/dz,    dL/dh = unit G W,    dL/dW = unit G^T h
 
-    backward multiplies both by dL/dloss.
+    backward multiplies both by unit * dL/dloss. unit is the largest token weight: G has the logits'
+    type, and in float16 one over the number of tokens would leave it few bits or none.
     """
 
     @staticmethod
@@ -181,6 +183,8 @@ class _FusedLinearLoss(torch.autograd.Function):
                         weight_grad[ids] += logits[:, ids].t() @ rows[part]
 
         forms_gradient = hidden_grad is not None or weight_grad is not None
+        largest = torch.cat([token_weights.abs(), token_weights.new_zeros(1)]).amax()
+        unit = torch.where(largest > 0, largest, torch.ones_like(largest))
         value, student = fused_pass(
             read,
             write if forms_gradient else None,
@@ -188,7 +192,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             targets,
             config,
             group,
-            token_weights=token_weights,
+            token_weights=token_weights / unit,
         )
         if hidden_grad is not None:
             reduce = reduce_scatter_sum if sequence_parallel else all_reduce_sum
@@ -198,7 +202,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
         ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, unit)
         ctx.weight = weight
         return (token_weights * loss).sum(), kd_loss, sft_loss, *student
 
@@ -207,7 +211,8 @@ class _FusedLinearLoss(torch.autograd.Function):
         scale = grad_outputs[0]
         if scale is None:
             return (None,) * 9
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad, unit = ctx.saved_tensors
+        scale = scale * unit
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(scale)
         if weight_grad is not None:

@@ -70,8 +70,9 @@ def vocab_parallel_kd_sft_loss(
 
     Collectives: logits_gather="topk" two all-reduces forward (K + 2 maxima and 2 sums a token),
     none backward; "full" one all-gather of the logits. The gradient is each rank's slice of the
-    dense gradient. Repeated ids are refused where ids are checked; elsewhere (CUDA without
-    NEMO_KD_DEBUG=1) each occurrence is a class of its own.
+    dense gradient. Repeated ids are refused where ids are checked, and by the cache's writer;
+    elsewhere (CUDA without NEMO_KD_DEBUG=1) each occurrence is a class of its own, and with tail
+    bucket counts in the cross entropy's sum, too.
 
     Raises:
         ValueError: shapes do not fit, the tail is missing, or (CPU, or NEMO_KD_DEBUG=1) an id or a

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
+from nemo_kd.launch import ignore_sigterm
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
-from nemo_kd.resume import WholePassSampler, ignore_sigterm
+from nemo_kd.resume import WholePassSampler
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SFT_TERMS = ("sft_loss",)

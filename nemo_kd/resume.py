@@ -6,7 +6,6 @@ logs and ends.
 """
 
 import signal
-import sys
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_sampler
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.launch import exit_stopped
 
 
 def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
@@ -54,9 +55,11 @@ def exit_if_out_of_time(trainer: Trainer) -> None:
     """
     left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]
     if any(seconds is not None and seconds <= 0 for seconds in left):
-        sys.exit(
+        exit_stopped(
             f"stopped by its time limit after step {trainer.global_step}; the same command goes on "
             "from the last checkpoint"
+            if trainer.is_global_zero
+            else None
         )
 
 
@@ -64,7 +67,7 @@ class StopOnSigterm(Callback):
     """SIGTERM, with which Slurm preempts: the run ends before its next step, with a checkpoint.
 
     As NeMo's PreemptionCallback, but on a CPU too; when any rank has the signal; after a validation
-    that the step ends in; and with an exit code that no scheduler takes for success.
+    that the step ends in; and with an exit status that no scheduler takes for success.
     """
 
     def __init__(self) -> None:
@@ -98,12 +101,9 @@ class StopOnSigterm(Callback):
                 if isinstance(callback, AsyncFinalizerCallback):
                     callback.on_train_end(trainer)
             saved = f"the same command goes on from there: {checkpoint.dirpath}"
-        sys.exit(f"stopped by SIGTERM after step {step}; {saved}" if trainer.is_global_zero else 1)
-
-
-def ignore_sigterm(worker: int) -> None:
-    """For a data loader's workers: the loss of one would end the run before its checkpoint."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        exit_stopped(
+            f"stopped by SIGTERM after step {step}; {saved}" if trainer.is_global_zero else None
+        )
 
 
 class ExactCounts(Callback):

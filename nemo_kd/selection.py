@@ -96,6 +96,8 @@ def select_teacher_rows(
         row_keys: `[N]` int64, what sample seeds a token's draws with, besides `config.seed`: a
             number that no other token of the run has, such as `sample << 32 | position`.
 
+    A row of logits with NaN or inf has NaN log-probs, which no cache takes.
+
     Raises:
         ValueError: K is above `vocab_size`, `vocab_size` above the columns that there are, or
             `row_keys` is missing.
@@ -127,8 +129,10 @@ def select_teacher_rows(
             _draw(scaled(chunk), config, keys, tp_group)
             for chunk, keys in zip(chunks, torch.split(row_keys, tokens_per_chunk), strict=True)
         ]
-        ids, counts = (torch.cat(part)[:, :vocab_size] for part in zip(*parts, strict=True))
+        ids, counts, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        ids, counts = ids[:, :vocab_size], counts[:, :vocab_size]
         log_probs = (counts.double() / config.num_draws).log().float()
+        log_probs[~finite] = torch.nan  # as those of the other kinds are then
         return TeacherRows(ids.int(), log_probs, log_probs.new_full((len(logits),), -torch.inf))
     candidates = [_local_candidates(scaled(chunk), config.k) for chunk in chunks]
     values, ids, rest = (torch.cat(part) for part in zip(*candidates, strict=True))
@@ -198,8 +202,9 @@ def _cut(rows: TeacherRows, p: float) -> TeacherRows:
 
 def _draw(
     scaled: Tensor, config: SelectionConfig, row_keys: Tensor, tp_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """ids and counts `[N, num_draws]` of a chunk's draws, largest count first, then lowest id.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and counts `[N, num_draws]` of a chunk's draws, largest count first, then lowest id; and
+    `[N]` whether the row has no NaN or inf to draw from.
 
     A draw is the first id up to which the masses sum to more than u * total. The masses are whole
     numbers: their sums are the same however the vocabulary is sharded, and so are the draws.
@@ -218,7 +223,7 @@ def _draw(
     ids = torch.searchsorted(up_to, targets, right=True)
     ids += vocab_shard_range(scaled.shape[-1], tp_group)[0]
     ids = all_reduce_sum(torch.where((targets >= 0) & (targets < own), ids, 0), tp_group)
-    return _count(ids)
+    return *_count(ids), top.isfinite()
 
 
 def _count(draws: Tensor) -> tuple[Tensor, Tensor]:

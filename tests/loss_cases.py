@@ -20,7 +20,7 @@ MODES = {
         "jsd": ("renormalize", "bucket"),
     }.items()
     for tail in tails
-    for temperature in (1.0, 2.0)
+    for temperature in (1.0, 2.0, 0.5)
 }
 
 

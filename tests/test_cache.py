@@ -382,6 +382,7 @@ ROW = np.zeros((2, 3), np.float32)
         ({"context_length": -1}, "context_length: expected 0 to 4 tokens, got -1"),
         ({"topk_ids": np.full((2, 3), 50)}, r"topk_ids: expected ids from 0 to 49 .*got 50 to 50"),
         ({"topk_ids": np.full((2, 3), -1)}, r"topk_ids: expected ids from 0 to 49 .*got -1 to -1"),
+        ({"topk_ids": np.array([[1, 2, 3], [7, 5, 7]])}, "each id at most once a row, got 7 twice"),
         ({"topk_ids": np.zeros((2, 4), int)}, r"expected integer \[2, 3\], got int64 \[2, 4\]"),
         ({"topk_log_probs": ROW.astype(int)}, r"topk_log_probs: expected float \[2, 3\], got int"),
         (

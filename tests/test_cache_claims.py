@@ -129,6 +129,27 @@ def test_opening_removes_the_claims_on_finished_shards(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".tmp-claim-00001", "manifest.json", "shard-00000"]
 
 
+def test_a_full_disk_leaves_no_claim(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, mode):
+            open(path, mode).close()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache = CacheWriter.open(tmp_path, make_manifest())
+    monkeypatch.setattr(lease, "open", Full, raising=False)
+    with pytest.raises(OSError, match=r"No space left.*the cache is as it was"):
+        next(cache.claim_shards())
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
 def test_a_full_disk_is_named(tmp_path):
     manifest = make_manifest()
     cache = CacheWriter.open(tmp_path, manifest)

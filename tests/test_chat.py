@@ -224,19 +224,19 @@ BAD_LINES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
     from nemo_kd.config import DataConfig
-    from nemo_kd.dump import _check_source
+    from nemo_kd.sources import check_source
 
     record, message = BAD_LINES[case]
     good = {"system": "", "conversations": [TURN, REPLY]}
     path = write_jsonl(tmp_path / "chat.jsonl", [good, record])
     data = DataConfig(file_names=(str(path),), chat=True)
     with pytest.raises(ValueError, match=r"chat.jsonl, line 2: ") as error:
-        _check_source(str(path), data)
+        check_source(str(path), data)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_what_nemo_takes_is_not_refused(name: str) -> None:
-    from nemo_kd.dump import _fault_of_conversation
+    from nemo_kd.sources import fault_of_conversation
 
-    assert _fault_of_conversation(CONVERSATIONS[name]) is None
+    assert fault_of_conversation(CONVERSATIONS[name]) is None

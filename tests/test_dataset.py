@@ -63,7 +63,7 @@ def nemo_dataset(tmp_path: Path, records: list[dict[str, str]], tokenizer: Any, 
 def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache:
     """A cache of NeMo's samples with random rows."""
     from nemo_kd.dataset import tokenizer_fingerprint
-    from nemo_kd.dump import _sample
+    from nemo_kd.sources import cut_sample
 
     manifest = Manifest(
         selection={"kind": "top_k", "k": K, "temperature": 1.0},
@@ -85,7 +85,7 @@ def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache
     for shard in writer.missing_shards():
         with writer.shard(shard) as sink:
             for index in manifest.shard_samples(shard):
-                tokens, loss_mask, context_length = _sample(nemo[index], nemo)
+                tokens, loss_mask, context_length = cut_sample(nemo[index], nemo)
                 rows = int(loss_mask.sum())
                 ids = np.stack(
                     [rng.permutation(manifest.vocab_size)[:K] for _ in range(rows)]

@@ -155,6 +155,19 @@ def test_row_keys_are_needed_to_sample() -> None:
         select_teacher_rows(torch.randn(1, 9), SelectionConfig(kind="sample"), 9)
 
 
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "sample"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_overflowed_is_no_distribution(kind: str, bad: float) -> None:
+    """NaN log-probs, which the cache's writer refuses; the other rows are as ever."""
+    logits = torch.randn(3, COLUMNS)
+    logits[1, 5] = bad
+    config = SelectionConfig(kind=kind, k=7, num_draws=7)
+    rows = select_teacher_rows(logits, config, VOCAB_SIZE, None, torch.arange(3))
+    kept = rows.topk_ids >= 0
+    assert rows.topk_log_probs[1].isnan().any()
+    assert rows.topk_log_probs[[0, 2]][kept[[0, 2]]].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["top_p", "sample"])
 def test_no_tokens(kind: str) -> None:
     config = SelectionConfig(kind=kind, k=7)

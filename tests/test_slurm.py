@@ -92,12 +92,19 @@ class Cluster:
 def test_an_array_fills_one_cache(
     cluster: Cluster, cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
 ) -> None:
-    """The first job is stopped by SIGTERM and asks to be queued again; a second does the rest."""
+    """The first job is stopped by SIGTERM, which one of the teacher's two ranks hears and both heed,
+    and asks to be queued again; a second does the rest.
+    """
     path, teacher = tmp_path / "cache", tmp_path / "teacher"
     with tarfile.open(nemos["untied"]) as tar:  # unpacked once, not by every process anew
         tar.extractall(teacher, filter="data")
     arguments = dump_arguments(
-        teacher, jsonl, path, "+experiment=smollm2_cpu_dump", "cache.samples_per_shard=1"
+        teacher,
+        jsonl,
+        path,
+        "+experiment=smollm2_cpu_dump",
+        "cache.samples_per_shard=1",
+        "teacher.tensor_model_parallel_size=2",
     )
     first = cluster.start("dump_array.sh", *arguments, job=71)
     deadline = time.monotonic() + 200
@@ -105,8 +112,7 @@ def test_an_array_fills_one_cache(
         assert first.poll() is None, "it ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    for task in cluster.noted("tasks")[0].split():
-        os.kill(int(task), signal.SIGTERM)
+    os.kill(int(cluster.noted("tasks")[0].split()[1]), signal.SIGTERM)
     output, _ = first.communicate(timeout=60)
     assert first.returncode == 143, output
     assert cluster.noted("scontrol") == ["requeue 71"]
@@ -118,7 +124,7 @@ def test_an_array_fills_one_cache(
     assert cluster.noted("scontrol") == ["requeue 71"]
     for sample, expected in zip(TopKCache.open(path), TopKCache.open(cache), strict=True):
         np.testing.assert_array_equal(sample.tokens, expected.tokens)
-        np.testing.assert_array_equal(sample.topk_ids, expected.topk_ids)
+        assert (sample.topk_ids == expected.topk_ids).mean() > 0.99  # but for ties, at another TP
 
 
 def test_training_on_two_processes(

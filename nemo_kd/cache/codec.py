@@ -125,7 +125,14 @@ class RawCodec:
         ids, log_probs, tails = (arrays[name] for name in self.pair_dtypes)
         if (ids.size, log_probs.size, tails.size) != (lengths.sum(), lengths.sum(), lengths.size):
             raise ValueError(f"expected {lengths.size} rows of {lengths.sum()} entries in all")
-        return Rows(lengths, ids, _from_float16_bits(log_probs), _from_float16_bits(tails))
+        if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < self.vocab_size:
+            raise ValueError(
+                f"expected ids below {self.vocab_size}, got {ids.min()} to {ids.max()}"
+            )
+        rows = Rows(lengths, ids, _from_float16_bits(log_probs), _from_float16_bits(tails))
+        if np.isnan(rows.log_probs).any() or np.isnan(rows.tail_log_probs).any():
+            raise ValueError("expected log-probs, got NaN")
+        return rows
 
 
 @dataclass(frozen=True)
@@ -227,8 +234,9 @@ class LogProbs:
         coarse = np.full(in_long.size, _IN_LIST)
         coarse[in_long] = unpack(arrays[0], _CODE_BITS, int(in_long.sum()))
         listed = coarse == _IN_LIST
-        if listed.sum() != num_listed:
-            raise ValueError(f"expected {num_listed} log-probs in the list, got {listed.sum()}")
+        up_to = np.concatenate([[0], np.cumsum(listed)])[np.concatenate([[0], np.cumsum(lengths)])]
+        if (np.diff(up_to) != np.minimum(lengths, _NUM_LISTED)).any():
+            raise ValueError(f"expected the {_NUM_LISTED} largest of each row in the list")
         high, span = _high_and_span(fine, low, lengths)
         num_rest = _num_rest(lengths)
         rest = coarse[~listed]
@@ -252,6 +260,8 @@ class Counts:
 
     def encode(self, log_probs: Array, lengths: Array) -> list[Array]:
         counts = np.rint(np.exp(log_probs.astype(np.float64)) * self.num_draws).astype(np.int64)
+        if not ((counts >= 1) & (counts <= self.num_draws)).all():
+            raise ValueError(f"expected log-probs of 1 to {self.num_draws} draws, got others")
         return [pack(counts - 1, self._width)]
 
     def sizes(self, lengths: Array) -> list[int]:

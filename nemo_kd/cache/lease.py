@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,10 +35,13 @@ class Lease:
             self._path.unlink(missing_ok=True)
         try:
             with open(self._path, "x") as file:
+                self._held = True
                 file.write(self._owner)
         except FileExistsError:
             return False
-        self._held = True
+        except OSError:  # a full disk: an empty claim would bind the shard
+            self.__exit__()
+            raise
         threading.Thread(target=self._renew, daemon=True).start()
         return True
 
@@ -60,6 +64,8 @@ def is_free(path: Path) -> bool:
         return True
     if len(owner) == 2 and owner[0] == this_host() and not is_alive(int(owner[1])):
         return True
+    if time.time() - renewed < STALE_S / 2:  # no clock is off by that much
+        return False
     return _file_system_time(path.parent) - renewed > STALE_S
 
 

@@ -93,9 +93,14 @@ class CacheWriter:
         wanted = self.missing_shards(shards)
         while wanted:
             for index in wanted:
-                with Lease(_lease_path(self.path, index)) as held:
-                    # It may have been published since the shards were listed.
-                    if held and not (self.path / shard_name(index)).exists():
+                final = self.path / shard_name(index)
+                if final.exists():  # published since the shards were listed
+                    continue
+                with (
+                    _full_disk_named(self.path, index),
+                    Lease(_lease_path(self.path, index)) as held,
+                ):
+                    if held and not final.exists():
                         yield index
             if wait is None:
                 return
@@ -111,20 +116,13 @@ class CacheWriter:
             OSError: the disk is full, among others; the cache is as it was.
         """
         temporary = _temporary_path(self.path)
-        temporary.mkdir()
         try:
-            with closing(ShardWriter(temporary, self.manifest, index)) as writer:
-                yield writer
-                writer.finish()
-            _publish(temporary, self.path / shard_name(index))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OSError(
-                error.errno,
-                f"{os.strerror(error.errno)}: shard {index} of {self.path} was not written, the "
-                "cache is as it was before; free some space and run again, it goes on from there",
-            ) from error
+            with _full_disk_named(self.path, index):
+                temporary.mkdir()
+                with closing(ShardWriter(temporary, self.manifest, index)) as writer:
+                    yield writer
+                    writer.finish()
+                _publish(temporary, self.path / shard_name(index))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -159,7 +157,7 @@ class ShardWriter:
             tokens: integer [T], each in [0, V).
             loss_mask: integer or bool [T], 1 where the token is to be predicted, never at t = 0.
             context_length: tokens of the prompt, 0 to T.
-            topk_ids: integer [P, K], P the ones of loss_mask, each in [0, V).
+            topk_ids: integer [P, K], P the ones of loss_mask, each in [0, V) and once a row.
             topk_log_probs: float [P, K], log of the teacher's softmax; -inf is allowed.
             tail_log_probs: float [P], log of the mass outside the kept entries; -inf is allowed.
 
@@ -215,6 +213,21 @@ class ShardWriter:
         )
 
 
+@contextmanager
+def _full_disk_named(path: Path, index: int) -> Iterator[None]:
+    """Raise the bare error of a full disk as one that says what became of the cache."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)}: shard {index} of {path} was not written, the "
+            "cache is as it was before; free some space and run again, it goes on from there",
+        ) from error
+
+
 def _check(sample: Sample, manifest: Manifest) -> None:
     num_tokens = len(sample.tokens)
     _check_array("tokens", sample.tokens, "iu", (num_tokens,))
@@ -244,6 +257,12 @@ def _check(sample: Sample, manifest: Manifest) -> None:
                 f"{name}: expected ids from 0 to {manifest.vocab_size - 1} (vocabulary of "
                 f"{manifest.vocab_size}), got {ids.min()} to {ids.max()}"
             )
+    ordered = np.sort(sample.topk_ids, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        raise ValueError(
+            f"topk_ids: expected each id at most once a row, got {ordered[:, 1:][twice][0]} twice"
+        )
     for name in "topk_log_probs", "tail_log_probs":
         log_probs = getattr(sample, name)
         if not (log_probs <= _HIGHEST_LOG_PROB).all():  # false for NaN as well
