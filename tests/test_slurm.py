@@ -92,8 +92,9 @@ class Cluster:
 def test_an_array_fills_one_cache(
     cluster: Cluster, cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
 ) -> None:
-    """The first job is stopped by SIGTERM, which one of the teacher's two ranks hears and both heed,
-    and asks to be queued again; a second does the rest.
+    """The first job is stopped by SIGTERM and asks to be queued again; a second does the rest.
+
+    One of the teacher's two ranks has the signal, and both end.
     """
     path, teacher = tmp_path / "cache", tmp_path / "teacher"
     with tarfile.open(nemos["untied"]) as tar:  # unpacked once, not by every process anew
