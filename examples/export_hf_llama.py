@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.hf_llama import hf_config, to_hf
 from nemo_kd.launch import drop_noise, read_model_config, user_errors
 
@@ -86,6 +87,7 @@ def export_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/export_hf_llama.yaml."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    refuse_unknown_keys(config, dict.fromkeys(("source", "output", "dtype")))
     output = Path(config.output).absolute()
     if output.exists():
         raise ValueError(f"output: expected a new directory, but {config.output} exists")

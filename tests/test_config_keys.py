@@ -27,6 +27,7 @@ GIVEN = {
         "cache.path=cache",
     ],
     "import_hf_llama": ["source=nowhere", "output=student.nemo"],
+    "export_hf_llama": ["source=nowhere", "output=new-directory"],
 }
 
 
