@@ -69,6 +69,7 @@ def chat_cache(
         *arguments,
         "data.chat=true",
         f"data.max_seq_length={MAX_SEQ_LENGTH}",
+        f"+teacher.encoder_seq_length={MAX_SEQ_LENGTH}",
     )
     return TopKCache.open(path)
 
@@ -159,6 +160,7 @@ def test_it_trains_and_validates_beside_a_chat_jsonl(
         f"model.data.validation_ds.file_names=[{chat_cache.path},{chat_jsonl}]",
         "model.data.validation_ds.names=[cached,plain]",
         "model.data.chat=true",
+        f"+model.encoder_seq_length={MAX_SEQ_LENGTH}",
         *(
             f"model.data.{ds}.max_seq_length={MAX_SEQ_LENGTH}"
             for ds in ("train_ds", "validation_ds")
