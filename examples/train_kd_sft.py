@@ -54,6 +54,11 @@ def check_settings(config: DictConfig, student: DictConfig) -> None:
     refuse_unknown_keys(config, known)
     objective = config.model.get("knowledge_distillation", {})
     read_settings(DistillationConfig, objective, "model.knowledge_distillation")
+    if config.model.peft.peft_scheme is not None and "distributed" in config.model.optim.name:
+        raise ValueError(
+            f"expected model.optim.name=fused_adam with model.peft, got {config.model.optim.name}, "
+            "whose state NeMo's checkpoints of adapters leave out"
+        )
     wants_wandb = (config.exp_manager or {}).get("create_wandb_logger", False)
     if wants_wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(
@@ -79,6 +84,13 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
                 f"{dataset.global_batch_size}"
             )
         check_sequence_length(model, "model", dataset.max_seq_length, f"{key}.max_seq_length")
+        for each in ("names", "concat_sampling_probabilities"):
+            values = dataset.get(each)
+            if values is not None and len(values) != len(dataset.file_names):
+                raise ValueError(
+                    f"expected as many values of {key}.{each} as of {key}.file_names, "
+                    f"{len(dataset.file_names)}, got {len(values)}"
+                )
 
 
 def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:

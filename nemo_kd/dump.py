@@ -36,10 +36,10 @@ from nemo_kd.launch import (
     check_layout,
     check_sequence_length,
     exit_stopped,
-    ignore_sigterm,
     initialize_model_parallel,
     prepare_accelerator,
     read_model_config,
+    shield_workers,
 )
 from nemo_kd.selection import SelectionConfig, TeacherRows, select_teacher_rows
 from nemo_kd.sources import build_samples, check_source, cut_sample, fingerprint_teacher
@@ -398,8 +398,8 @@ def _windows(
         batch_sampler=windows,
         num_workers=data.num_workers,
         collate_fn=list,
-        worker_init_fn=ignore_sigterm,
     )
+    shield_workers(loader)
     return ((window[0], items) for window, items in zip(windows, loader, strict=True))
 
 

@@ -4,6 +4,9 @@ The trainer is the one that NeMo's own fine-tuning script builds; on the CPU bac
 the process group's backend alone.
 """
 
+import atexit
+import multiprocessing
+import multiprocessing.util  # its own work at the exit, before which ours is to come
 import os
 import shutil
 import signal
@@ -30,9 +33,24 @@ def exit_stopped(message: str | None) -> NoReturn:
     sys.exit(STOPPED)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """For a data loader's workers, which Slurm signals too: the loss of one would be an error."""
+def shield_workers(loader: Any) -> None:
+    """Let a data loader's workers outlive SIGTERM, which Slurm sends them too.
+
+    The loss of one would be an error in the process that is about to end as it should. At its end
+    multiprocessing would then send them SIGTERM in vain and wait: they are killed before.
+    """
+    loader.worker_init_fn = _ignore_sigterm
+    atexit.register(_kill_workers)
+
+
+def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @contextmanager
@@ -266,7 +284,7 @@ def save_nemo(model: Any, path: str) -> None:
     directory = target.parent / f".{target.name}.saving"
     directory.mkdir(parents=True, exist_ok=True)
     model.save_to(str(directory / target.name))
-    if torch.distributed.get_rank() == 0:  # NeMo's save ends in a barrier
+    if torch.distributed.get_rank() == 0:  # NeMo's save of a whole model ends in a barrier
         os.replace(directory / target.name, target)
         shutil.rmtree(directory)
 

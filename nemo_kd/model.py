@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
-from nemo_kd.launch import ignore_sigterm
+from nemo_kd.launch import shield_workers
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
 from nemo_kd.resume import WholePassSampler
 
@@ -160,11 +160,13 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 f"the micro batch, got {data_cfg.micro_batch_size}"
             )
         context_size = self.cfg.get("context_parallel_size", 1)
-        if context_size > 1 and data_cfg.max_seq_length % (2 * context_size):
+        num_slices = 2 * context_size if context_size > 1 else 1
+        if self.cfg.get("sequence_parallel", False):
+            num_slices *= self.cfg.tensor_model_parallel_size
+        if data_cfg.max_seq_length % num_slices:
             raise ValueError(
-                f"expected {section}.max_seq_length divisible by 2 x "
-                f"model.context_parallel_size={context_size}, the slices of a sequence, got "
-                f"{data_cfg.max_seq_length}"
+                f"expected {section}.max_seq_length divisible by {num_slices}, the slices of a "
+                f"sequence in context and sequence parallelism, got {data_cfg.max_seq_length}"
             )
         if caches and not is_train:
             metric = data_cfg.get("metric", {}).get("name", "exact_string_match")
@@ -211,7 +213,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         sampler = "MegatronPretrainingBatchSampler"
         with patch.object(megatron_gpt_sft_model, sampler, WholePassSampler):
             loader = super().build_data_loader(dataset, data_cfg, consumed_samples)
-        loader.worker_init_fn = ignore_sigterm
+        shield_workers(loader)
         return loader
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
@@ -343,6 +345,7 @@ class Consumed:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
+@cache
 def schedule_multiplies_by_context_size() -> bool:
     """Whether Megatron Core's schedule multiplies a loss by the context-parallel size.
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Timer
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
     MegatronPretrainingBatchSampler,
 )
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
-from nemo.utils.exp_manager import exp_manager
+from nemo.utils.exp_manager import StatelessTimer, exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.launch import exit_stopped
@@ -49,12 +48,13 @@ def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
 
 
 def exit_if_out_of_time(trainer: Trainer) -> None:
-    """End the process if a time limit ended the training: exp_manager.max_time_per_run, say.
+    """End the process if exp_manager.max_time_per_run ended the training before its last step.
 
-    Such a training returns as a finished one does.
+    Such a training returns as a finished one does. Rank 0's clock decides for all.
     """
-    left = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]
-    if any(seconds is not None and seconds <= 0 for seconds in left):
+    timers = [timer for timer in trainer.callbacks if isinstance(timer, StatelessTimer)]
+    is_over = any(timer.time_remaining() <= 0 for timer in timers)
+    if trainer.strategy.broadcast(is_over and trainer.global_step < trainer.max_steps):
         exit_stopped(
             f"stopped by its time limit after step {trainer.global_step}; the same command goes on "
             "from the last checkpoint"

@@ -22,9 +22,14 @@ def load_example(name: str) -> Any:
 
 
 def run_example(
-    script: str, *arguments: object, processes: int = 1, succeeds: bool = True, timeout: float = 240
+    script: str,
+    *arguments: object,
+    processes: int = 1,
+    succeeds: bool = True,
+    status: int | None = None,
+    timeout: float = 240,
 ) -> str:
-    """Return what the example printed; fail if it does not end as it should."""
+    """Return what the example printed; fail if it does not end as it should, or with `status`."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     result = subprocess.run(
         [
@@ -39,7 +44,8 @@ def run_example(
         text=True,
         timeout=timeout,
     )
-    assert (result.returncode == 0) == succeeds, result.stdout[-6000:]
+    assert (result.returncode == 0) == (succeeds and not status), result.stdout[-6000:]
+    assert status in (None, result.returncode), result.stdout[-6000:]
     return result.stdout
 
 

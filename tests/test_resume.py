@@ -78,7 +78,7 @@ def preempted(
     """A run that had SIGTERM in its second step."""
     logs = tmp_path_factory.mktemp("preempted") / "run"
     output = run_example(
-        STOPPED_RUN, "SIGTERM", 2, 0, *arguments(nemos["tied"], cache, logs), succeeds=False
+        STOPPED_RUN, "SIGTERM", 2, 0, *arguments(nemos["tied"], cache, logs), status=143
     )
     assert "stopped by SIGTERM after step 2; the same command goes on from there" in output
     assert "Traceback" not in output
@@ -121,6 +121,15 @@ def test_at_another_layout(
     assert checkpoints(logs) == ["6"]
     run_example("train_kd_sft.py", *run, "model.pipeline_model_parallel_size=2", processes=2)
     assert_same(logs, uninterrupted, rtol=1e-4)
+
+
+def test_a_time_limit_is_not_an_end(nemos: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    """Status 143 and no .nemo, as long as steps are left."""
+    run = arguments(nemos["tied"], cache, tmp_path / "logs", f"save_to={tmp_path / 'kd.nemo'}")
+    limit = "+exp_manager.max_time_per_run=00:00:00:01"
+    output = run_example("train_kd_sft.py", *run, limit, "trainer.max_steps=10000", status=143)
+    assert "stopped by its time limit after step" in output
+    assert not (tmp_path / "kd.nemo").exists()
 
 
 def test_names_without_a_place_in_the_data(

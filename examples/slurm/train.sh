@@ -9,7 +9,7 @@
 #SBATCH --gpus-per-node=8           # all visible to each process: no --gpus-per-task
 #SBATCH --time=04:00:00
 #SBATCH --requeue                   # after a preemption or a node's failure
-#SBATCH --signal=TERM@300           # five minutes before the time is over NeMo saves a checkpoint
+#SBATCH --signal=TERM@300           # five minutes before the time is over it saves a checkpoint
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
