@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_kd.vocab_parallel import (
+    LOG2_E,
     all_gather,
     all_reduce_max,
     all_reduce_sum,
@@ -147,7 +148,11 @@ def _local_candidates(scaled: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     teacher's tail of 1e-12 is as exact as one of 0.5.
     """
     values, columns = _topk(scaled, min(k, scaled.shape[-1]))
-    return values, columns, scaled.scatter_(1, columns, -torch.inf).logsumexp(-1)
+    rest = scaled.scatter_(1, columns, -torch.inf)
+    # A quarter of torch.logsumexp's time, which is most of what a row costs here.
+    peak = rest.amax(-1, keepdim=True).clamp_(min=torch.finfo(rest.dtype).min)  # -inf: all are kept
+    rest.sub_(peak).mul_(LOG2_E).exp2_()
+    return values, columns, rest.sum(-1).log_().add_(peak[:, 0])
 
 
 def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,17 @@ Vocab-parallel logits are `[N, Vp]`: rank r of a tensor-parallel group holds the
 means that the vocabulary is not sharded, and then nothing here communicates.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+# exp(x) as a power of 2: on a CPU torch.exp2 and the product before it take a third of torch.exp's
+# time. The product's rounding adds an error of |x| 2^-24 to exp(x), relative to it: most where it
+# is nothing.
+LOG2_E = math.log2(math.e)
 _ID_BITS = 32
 _ID_MASK = (1 << _ID_BITS) - 1
 
