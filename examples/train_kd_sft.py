@@ -72,7 +72,8 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
 
     Raises:
         ValueError: The parallel sizes do not divide the model, or micro batches on all replicas
-            not a global batch; or sequences are longer than the student's.
+            not a global batch; sequences are longer than the student's; or a list has another
+            length than that of the files.
     """
     num_replicas = check_layout(model, num_processes, "model")
     for name in ("train_ds", "validation_ds"):

@@ -40,6 +40,7 @@ def shield_workers(loader: Any) -> None:
     multiprocessing would then send them SIGTERM in vain and wait: they are killed before.
     """
     loader.worker_init_fn = _ignore_sigterm
+    atexit.unregister(_kill_workers)  # once is enough: the teacher run has a loader a shard
     atexit.register(_kill_workers)
 
 
