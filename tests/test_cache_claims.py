@@ -93,6 +93,15 @@ def test_a_claim_from_elsewhere_is_free_once_it_is_stale(tmp_path):
     assert not claim.exists()
 
 
+def test_a_claim_whose_process_died_before_it_wrote_its_name_is_soon_free(tmp_path):
+    cache = CacheWriter.open(tmp_path, make_manifest())
+    claim = tmp_path / ".tmp-claim-00001"
+    claim.touch()
+    assert list(cache.claim_shards()) == [0, 2], "its process may be about to write"
+    os.utime(claim, (time.time() - lease.UNNAMED_S - 1,) * 2)
+    assert list(cache.claim_shards([1])) == [1]
+
+
 def test_a_claim_that_is_held_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
     claim = tmp_path / "claim"

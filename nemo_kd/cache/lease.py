@@ -16,6 +16,8 @@ from pathlib import Path
 HEARTBEAT_S = 30
 # Twenty missed heartbeats: a file system that hangs for minutes costs nobody a claim.
 STALE_S = 600
+# A claim without its owner's name: the process was killed between the two, or is about to write it.
+UNNAMED_S = 10
 
 
 class Lease:
@@ -57,16 +59,19 @@ class Lease:
 
 
 def is_free(path: Path) -> bool:
-    """Nobody holds the claim: its process, of this host, is dead, or has not renewed it in time."""
+    """Nobody holds the claim: its process, of this host, is dead, or has not renewed it in time.
+
+    One that names no process is free after some seconds.
+    """
     try:
         owner, renewed = path.read_text().split(), path.stat().st_mtime
     except FileNotFoundError:
         return True
     if len(owner) == 2 and owner[0] == this_host() and not is_alive(int(owner[1])):
         return True
-    if time.time() - renewed < STALE_S / 2:  # no clock is off by that much
+    if owner and time.time() - renewed < STALE_S / 2:  # no clock is off by that much
         return False
-    return _file_system_time(path.parent) - renewed > STALE_S
+    return _file_system_time(path.parent) - renewed > (STALE_S if owner else UNNAMED_S)
 
 
 def this_host() -> str:
