@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test test-matrix lint format bench clean
+.PHONY: help setup demo study test test-matrix lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
 	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes)"
+	@echo "make study  KD + SFT against SFT, two hours (SMALL=1: the same in minutes, for no figures)"
 	@echo "make test   all tests"
 	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with"
 	@echo "make lint   ruff and mypy"
@@ -35,6 +36,9 @@ endif
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(SMALL),--small)
+
+study: $(READY)
+	PYTHONPATH=examples $(BIN)/python studies/kd_vs_sft/study.py $(if $(SMALL),--small)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

