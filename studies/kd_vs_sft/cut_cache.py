@@ -21,9 +21,7 @@ def main() -> None:
     source = TopKCache.open(arguments.source)
     manifest = source.manifest
     if manifest.selection["kind"] != "top_k" or manifest.selection["k"] < arguments.k:
-        parser.error(
-            f"{arguments.source}: expected top_k of at least --k, got {manifest.selection}"
-        )
+        parser.error(f"{arguments.source}: expected top_k of --k or more, got {manifest.selection}")
     # The type of the values is the codec's, which finds its own.
     selection = manifest.selection | {"k": arguments.k}
     smaller = replace(manifest, selection=selection, codec="packed", value_type="")

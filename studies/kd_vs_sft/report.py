@@ -132,8 +132,9 @@ def default_rows(results: dict[str, Any]) -> list[Row]:
 
 def storage_rows(results: dict[str, Any]) -> list[Row]:
     """The runs that differ in what is stored and in the tail."""
-    others = [row for row in results["others"] if set(row["settings"]) <= {"tail"}]
-    return sorted(others, key=lambda row: results["caches"][row["cache"]]["bytes"])
+    rows = [*default_rows(results), *results["others"]]
+    rows = [row for row in rows if set(row["settings"]) <= {"tail"}]
+    return sorted(rows, key=lambda row: results["caches"][row["cache"]]["bytes"])
 
 
 def number(value: float) -> str:

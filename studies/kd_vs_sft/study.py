@@ -26,9 +26,18 @@ HERE = Path(__file__).parent
 SEED = 1234
 QUESTION_CHARACTERS = 60
 MAX_SEQ_LENGTH = 64  # none is cut: some 25 tokens of prompt and 24 of answer
+TAILS = ("bucket", "label", "drop")  # beside renormalize, the YAML's
+MAIN_CACHE = "top_k-100"
 VALIDATION_BATCH = 16
 VALIDATIONS = 10
 CLAIM = 0.7  # of the steps
+
+
+# What is not top_k, which is cut from K = 500, has a dump of its own.
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "top_p-0.99": {"kind": "top_p", "p": 0.99, "k": 4096},
+    "sample-50": {"kind": "sample", "num_draws": 50},
+}
 
 
 @dataclass(frozen=True)
@@ -40,33 +49,50 @@ class Scale:
     steps: int
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    sizes: tuple[int, ...]
-    tails: tuple[str, ...]
+    others: tuple[tuple[str, dict[str, Any]], ...]
+    """caches and settings of the runs that differ from the main ones, one each"""
 
     @property
     def fewer_steps(self) -> int:
         return round(CLAIM * self.steps)
+
+    @property
+    def caches(self) -> list[str]:
+        return sorted({MAIN_CACHE, *(cache for cache, _ in self.others)})
 
 
 FULL = Scale(
     questions={"train": 560, "heldout": 96},
     answers={"train": 2, "heldout": 1},
     batch=8,
-    steps=120,
+    steps=100,
     learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
     seeds=(1, 2, 3),
-    sizes=(5, 20, 100),
-    tails=("renormalize", "bucket", "label", "drop"),
+    others=(
+        ("top_k-5", {}),
+        ("top_k-20", {}),
+        *((f"top_k-{k}", {"tail": tail}) for k in (5, 20, 100) for tail in TAILS),
+        ("top_k-500", {}),
+        ("top_p-0.99", {}),
+        ("sample-50", {"tail": "drop"}),
+        ("top_k-100", {"temperature": 2.0}),
+        ("top_k-100", {"divergence": "reverse_kl"}),
+        ("top_k-100", {"sft_loss_weight": 0.0}),
+        ("top_k-100", {"sft_loss_weight": 1.0}),
+    ),
 )
 SMALL = Scale(
     questions={"train": 32, "heldout": 16},
     answers={"train": 1, "heldout": 1},
     batch=4,
-    steps=10,
-    learning_rates=(5e-4, 1e-3),
+    steps=6,
+    learning_rates=(1e-3,),
     seeds=(1,),
-    sizes=(5,),
-    tails=("label",),
+    others=(
+        ("top_k-5", {"tail": "label"}),
+        ("sample-50", {"tail": "drop"}),
+        ("top_k-100", {"divergence": "reverse_kl"}),
+    ),
 )
 
 
@@ -139,15 +165,21 @@ class Study:
                 # All of the teacher's distribution, so that the KL is over the whole vocabulary.
                 partial(self.dump, "heldout", "heldout", "raw", k=VOCAB_SIZE),
                 partial(self.dump, "train", "top_k-500-raw", "raw", k=500),
-                partial(self.dump, "train", "top_p-0.99", "packed", kind="top_p", p=0.99, k=4096),
-                partial(self.dump, "train", "sample-50", "packed", kind="sample", num_draws=50),
+                *(
+                    partial(self.dump, "train", cache, "packed", **selection)
+                    for cache, selection in SELECTIONS.items()
+                    if cache in self.scale.caches
+                ),
             ]
         )
-        sizes = sorted({*self.scale.sizes, 100, 500})
         together(
             [
-                *(partial(self.cut, "top_k-500-raw", f"top_k-{k}", k) for k in sizes),
                 partial(self.cut, "heldout", "heldout-100", 100),
+                *(
+                    partial(self.cut, "top_k-500-raw", cache, int(cache.removeprefix("top_k-")))
+                    for cache in self.scale.caches
+                    if cache not in SELECTIONS
+                ),
             ]
         )
 
@@ -200,7 +232,7 @@ class Study:
                 partial(self.measure, "teacher"),
                 partial(self.measure, "student"),
                 *(
-                    partial(self.train, Run("sft", "top_k-100", scale.steps, rate, first, sft))
+                    partial(self.train, Run("sft", MAIN_CACHE, scale.steps, rate, first, sft))
                     for rate in scale.learning_rates
                 ),
             ]
@@ -208,33 +240,23 @@ class Study:
         best = min(sweep, key=lambda row: row["ce"])["learning_rate"]
         say(f"SFT's best learning rate: {best:g}")
         main = [
-            Run(objective, "top_k-100", steps, best, seed, settings)
+            Run(objective, MAIN_CACHE, steps, best, seed, settings)
             for seed in scale.seeds
             for objective, settings in (("sft", sft), ("kd", {}))
             for steps in (scale.fewer_steps, scale.steps)
         ]
         others = [
             Run("kd", cache, scale.fewer_steps, best, first, settings)
-            for cache, settings in (
-                *((f"top_k-{k}", {"tail": tail}) for k in scale.sizes for tail in scale.tails),
-                ("top_k-500", {}),
-                ("top_p-0.99", {}),
-                ("sample-50", {"tail": "drop"}),
-                ("top_k-100", {"temperature": 2.0}),
-                ("top_k-100", {"divergence": "reverse_kl"}),
-                ("top_k-100", {"sft_loss_weight": 0}),
-                ("top_k-100", {"sft_loss_weight": 1.0}),
-            )
+            for cache, settings in scale.others
         ]
         rows = together([partial(self.train, run) for run in [*main, *others]])
-        caches = sorted({row["cache"] for row in rows})
         return {
             "teacher": teacher,
             "student": student,
             "sweep": sweep,
             "main": rows[: len(main)],
             "others": rows[len(main) :],
-            "caches": {name: self.cache_size(name) for name in caches},
+            "caches": {name: self.cache_size(name) for name in scale.caches},
         }
 
     def cache_size(self, name: str) -> dict[str, float]:
@@ -253,13 +275,14 @@ class Study:
         if result.exists():
             return json.loads(result.read_text())
         logs, data = self.out / "runs" / run.name, "model.data"
-        whole = run.steps == self.scale.steps
+        whole = run.steps == self.scale.steps  # a curve to be drawn
+        interval = max(1, run.steps // VALIDATIONS) if whole else run.steps
         self.chain.run(
             run.name,
             EXAMPLES / "train_kd_sft.py",
             "trainer.accelerator=cpu",
             f"trainer.max_steps={run.steps}",
-            f"trainer.val_check_interval={run.steps // VALIDATIONS if whole else run.steps}",
+            f"trainer.val_check_interval={interval}",
             f"model.restore_from_path={self.out}/student.nemo",
             f"{data}.train_ds.file_names=[{self.out}/{run.cache}]",
             f"{data}.train_ds.seed={run.seed}",
