@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,10 @@ def together(steps: Iterable[Callable[[], Any]]) -> list[Any]:
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(step) for step in steps]
         try:
-            return [future.result() for future in futures]
+            wait(futures, return_when=FIRST_EXCEPTION)
         finally:  # after one that failed, the rest need not begin
             pool.shutdown(cancel_futures=True)
+        return [future.result() for future in futures]
 
 
 def say(line: str) -> None:

@@ -46,6 +46,48 @@ def make_cache(path: Path, num_samples: int, k: int) -> TopKCache:
     return TopKCache.open(path)
 
 
+def test_after_a_step_that_failed_no_other_begins():
+    import threading
+
+    from steps import together
+
+    begun, failed = [], threading.Event()
+
+    def slow():
+        assert failed.wait(10)
+
+    def fail():
+        failed.set()
+        raise SystemExit("broken")
+
+    def late():
+        begun.append(True)
+
+    def pause():
+        threading.Event().wait(1)
+
+    with pytest.raises(SystemExit, match="broken"):
+        together([slow, fail, pause, pause, *[late] * 3])
+    assert not begun
+
+
+def test_a_completed_step_is_not_run_again_and_a_failed_one_shows_its_log(tmp_path, capsys):
+    from steps import Steps
+
+    script = tmp_path / "script.py"
+    script.write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(len(sys.argv) - 2)")
+    out, trace = tmp_path / "out", tmp_path / "trace"
+    for _ in range(2):
+        Steps(out, {"size": 1}).run("step", script, str(trace))
+    assert trace.read_text() == "x"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="other failed with exit code 1"):
+            Steps(out, {"size": 1}).run("other", script, str(trace), "more")
+    assert trace.read_text() == "xxx"
+    Steps(out, {"size": 2}).run("step", script, str(trace))
+    assert trace.read_text() == "xxxx", "other settings begin anew"
+
+
 def test_a_cut_cache_is_what_a_smaller_k_would_have_stored(tmp_path, monkeypatch):
     import cut_cache
 
@@ -139,13 +181,15 @@ def test_exact_match_looks_past_case_and_punctuation():
 def test_the_crossing_is_the_first_validation_that_passes_the_best_of_sft():
     import report
 
-    def row(objective, seed, *values):
-        curve = [[10 * (i + 1), value] for i, value in enumerate(values)]
-        return {"objective": objective, "steps": 30, "seed": seed, "curve": curve}
+    def rows(*curves):
+        return [
+            {"curve": [[10 * (i + 1), value] for i, value in enumerate(values)]}
+            for values in curves
+        ]
 
-    rows = [row("sft", 1, 5, 3, 4), row("sft", 2, 5, 5, 4), row("kd", 1, 5, 4, 3)]
-    assert report.crossing({"main": rows}) == (4, 20)
-    assert report.crossing({"main": [*rows[:2], row("kd", 1, 9, 8, 7)]}) == (4, None)
+    sft = rows((5, 3, 4), (5, 5, 4))
+    assert report.crossing(sft, rows((5, 4, 3))) == (4, 20)
+    assert report.crossing(sft, rows((9, 8, 7))) == (4, None)
 
 
 def test_the_docs_hold_the_tables_of_the_committed_run():

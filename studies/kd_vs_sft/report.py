@@ -19,7 +19,6 @@ MEASURES = {
     "exact_match": ("exact match", 3),
 }
 TOKEN_MEASURES = ("ce", "kl", "top1_agreement", "ece")
-OBJECTIVES = {"sft": "SFT", "kd": "KD + SFT"}
 
 
 def main() -> None:
@@ -59,26 +58,31 @@ def main_table(results: dict[str, Any]) -> str:
         [name, "", *(number(results[key][measure]) for measure in MEASURES)]
         for key, name in (("teacher", "the teacher"), ("student", "the student before"))
     ]
-    for objective, steps in conditions(results):
-        rows = seeds_of(results, objective, steps)
-        cells = [spread([row[measure] for row in rows]) for measure in MEASURES]
-        lines.append([OBJECTIVES[objective], str(steps), *cells])
+    for objective, rows in results["main"].items():
+        for steps in sorted({row["steps"] for row in rows}):
+            chosen = [row for row in rows if row["steps"] == steps]
+            cells = [spread([row[measure] for row in chosen]) for measure in MEASURES]
+            lines.append([objective, str(steps), *cells])
     return table(["objective", "steps", *(title for title, _ in MEASURES.values())], lines)
 
 
 def claim_table(results: dict[str, Any]) -> str:
-    """KD + SFT at fewer steps less SFT at all, of the same seed."""
-    *_, all_steps = sorted({row["steps"] for row in results["main"]})
-    fewer_steps = min(row["steps"] for row in results["main"])
-    sft = {row["seed"]: row for row in seeds_of(results, "sft", all_steps)}
-    kd = {row["seed"]: row for row in seeds_of(results, "kd", fewer_steps)}
-    differences = {
-        seed: [kd[seed][measure] - sft[seed][measure] for measure in TOKEN_MEASURES] for seed in kd
-    }
-    lines = [[str(seed), *(f"{v:+.3f}" for v in values)] for seed, values in differences.items()]
-    columns = zip(*differences.values(), strict=True)
-    lines.append(["all", *(spread(list(column), sign="+") for column in columns)])
-    return table(["seed", *(MEASURES[measure][0] for measure in TOKEN_MEASURES)], lines)
+    """KD + SFT at fewer steps less SFT at all, seed by seed."""
+    sft, *distilled = results["main"]
+    baseline = {row["seed"]: row for row in longest(results["main"][sft])}
+    lines = []
+    for objective in distilled:
+        rows = results["main"][objective]
+        differences = [
+            [row[measure] - baseline[row["seed"]][measure] for measure in TOKEN_MEASURES]
+            for row in rows
+            if row["steps"] == min(row["steps"] for row in rows)
+        ]
+        for seed, values in zip(baseline, differences, strict=True):
+            lines.append([objective, str(seed), *(f"{value:+.3f}" for value in values)])
+        columns = zip(*differences, strict=True)
+        lines.append([objective, "all", *(spread(column, sign="+") for column in columns)])
+    return table(["objective", "seed", *(MEASURES[name][0] for name in TOKEN_MEASURES)], lines)
 
 
 def storage_table(results: dict[str, Any]) -> str:
@@ -89,7 +93,7 @@ def storage_table(results: dict[str, Any]) -> str:
         lines.append(
             [
                 row["cache"],
-                row["settings"].get("tail", "renormalize"),
+                row["settings"]["tail"],
                 f"{cache['bytes']:.1f}",
                 f"{cache['entries']:.1f}",
                 f"{cache['mass']:.3f}",
@@ -101,39 +105,30 @@ def storage_table(results: dict[str, Any]) -> str:
 
 
 def other_table(results: dict[str, Any]) -> str:
-    """The other settings, K = 100, one seed, at fewer steps."""
-    lines = []
-    for row in [*default_rows(results), *results["others"]]:
-        if row["cache"] == "top_k-100" and "tail" not in row["settings"]:
-            changed = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
-            lines.append(
-                [changed or "the defaults", *(number(row[measure]) for measure in TOKEN_MEASURES)]
-            )
-    return table(["changed", "CE", "KL to the teacher", "top-1 agreement", "ECE"], lines)
-
-
-def conditions(results: dict[str, Any]) -> list[tuple[str, int]]:
-    """Objective and steps, in the table's order."""
-    found = {(row["objective"], row["steps"]) for row in results["main"]}
-    return sorted(found, key=lambda key: (list(OBJECTIVES).index(key[0]), key[1]))
-
-
-def seeds_of(results: dict[str, Any], objective: str, steps: int) -> list[Row]:
-    return [
-        row for row in results["main"] if (row["objective"], row["steps"]) == (objective, steps)
+    """The other settings, each beside the run without them, K = 100, one seed, at fewer steps."""
+    changed = [row for row in results["others"] if set(row["settings"]) > {"tail"}]
+    tails = {row["settings"]["tail"] for row in changed}
+    plain = [
+        row
+        for row in results["others"]
+        if row["cache"] == changed[0]["cache"]
+        and list(row["settings"].values()) in [[t] for t in tails]
     ]
+    lines = []
+    for row in sorted([*plain, *changed], key=lambda row: row["settings"]["tail"]):
+        settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+        lines.append([settings, *(number(row[measure]) for measure in TOKEN_MEASURES)])
+    return table(["settings", *(MEASURES[name][0] for name in TOKEN_MEASURES)], lines)
 
 
-def default_rows(results: dict[str, Any]) -> list[Row]:
-    """The run of the defaults that stands beside the one run of each other kind."""
-    steps, seed = results["others"][0]["steps"], results["others"][0]["seed"]
-    return [row for row in seeds_of(results, "kd", steps) if row["seed"] == seed]
+def longest(rows: list[Row]) -> list[Row]:
+    """The runs of all the steps."""
+    return [row for row in rows if row["steps"] == max(row["steps"] for row in rows)]
 
 
 def storage_rows(results: dict[str, Any]) -> list[Row]:
     """The runs that differ in what is stored and in the tail."""
-    rows = [*default_rows(results), *results["others"]]
-    rows = [row for row in rows if set(row["settings"]) <= {"tail"}]
+    rows = [row for row in results["others"] if set(row["settings"]) == {"tail"}]
     return sorted(rows, key=lambda row: results["caches"][row["cache"]]["bytes"])
 
 
@@ -160,34 +155,29 @@ def mean_curve(rows: list[Row]) -> list[tuple[int, float, float, float]]:
     return curve
 
 
-def crossing(results: dict[str, Any]) -> tuple[float, int | None]:
-    """SFT's best mean CE, and the first validation at which KD + SFT's mean is at most that."""
-    steps = max(row["steps"] for row in results["main"])
-    best = min(point[1] for point in mean_curve(seeds_of(results, "sft", steps)))
-    kd = mean_curve(seeds_of(results, "kd", steps))
-    return best, next((step for step, value, *_ in kd if value <= best), None)
+def crossing(sft: list[Row], distilled: list[Row]) -> tuple[float, int | None]:
+    """SFT's best mean CE, and the first validation at which the other's mean is at most that."""
+    best = min(value for _, value, *_ in mean_curve(sft))
+    curve = mean_curve(distilled)
+    return best, next((step for step, value, *_ in curve if value <= best), None)
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:
-    """Held-out CE against steps, with the step at which KD + SFT passes SFT's best."""
+    """Held-out CE against steps, with the steps at which KD + SFT passes SFT's best."""
     from matplotlib.figure import Figure
 
-    steps = max(row["steps"] for row in results["main"])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for objective, name in OBJECTIVES.items():
-        curve = mean_curve(seeds_of(results, objective, steps))
-        x, middle, low, high = zip(*curve, strict=True)
-        (line,) = axes.plot(x, middle, "o-", label=name)
+    sft, *distilled = (longest(rows) for rows in results["main"].values())
+    labels = [f"SFT, best {min(value for _, value, *_ in mean_curve(sft)):.3f}"]
+    for objective, rows in zip(list(results["main"])[1:], distilled, strict=True):
+        best, step = crossing(sft, rows)
+        labels.append(objective + (f", at most that from step {step}" if step else ", never"))
+    for label, rows in zip(labels, [sft, *distilled], strict=True):
+        x, middle, low, high = zip(*mean_curve(rows), strict=True)
+        (line,) = axes.plot(x, middle, "o-", label=label)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
-    best, step = crossing(results)
     axes.axhline(best, color="gray", linestyle=":")
-    if step is not None:
-        axes.axvline(step, color="gray", linestyle=":")
-        axes.annotate(
-            f"step {step}: SFT's best passed", (step, best), (5, 5), textcoords="offset points"
-        )
-    axes.axhline(results["teacher"]["ce"], color="black", linewidth=1, label="the teacher")
     axes.set(xlabel="steps", ylabel="held-out cross entropy, nats")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -199,7 +189,7 @@ def plot_storage(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = storage_rows(results)
-    tails = list(dict.fromkeys(row["settings"].get("tail", "renormalize") for row in rows))
+    tails = list(dict.fromkeys(row["settings"]["tail"] for row in rows))
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     measures = {"ce": "held-out cross entropy, nats", "kl": "KL to the teacher, nats"}
     for axes, (measure, title) in zip(figure.subplots(1, 2), measures.items(), strict=True):
@@ -208,7 +198,7 @@ def plot_storage(results: dict[str, Any], path: Path) -> None:
             chosen = [
                 (row["cache"], point)
                 for row, point in zip(rows, points, strict=True)
-                if row["settings"].get("tail", "renormalize") == tail
+                if row["settings"]["tail"] == tail
             ]
             x, y = zip(*(point for _, point in chosen), strict=True)
             axes.plot(x, y, marker, label=tail)

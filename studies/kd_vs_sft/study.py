@@ -10,8 +10,9 @@ outputs/study-small), and what is done is not done again: killed, it goes on whe
 import argparse
 import json
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ HERE = Path(__file__).parent
 SEED = 1234
 QUESTION_CHARACTERS = 60
 MAX_SEQ_LENGTH = 64  # none is cut: some 25 tokens of prompt and 24 of answer
-TAILS = ("bucket", "label", "drop")  # beside renormalize, the YAML's
+TAILS = ("renormalize", "bucket", "label", "drop")
+SFT = {"kd_loss_weight": 0, "sft_loss_weight": 1}
+RENORMALIZE = {"tail": "renormalize"}  # as NeMo-Aligner
+LABEL = {"tail": "label"}
 MAIN_CACHE = "top_k-100"
 VALIDATION_BATCH = 16
 VALIDATIONS = 10
@@ -49,8 +53,10 @@ class Scale:
     steps: int
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    objectives: dict[str, dict[str, Any]]
+    """settings of the main runs, of which there is one a seed"""
     others: tuple[tuple[str, dict[str, Any]], ...]
-    """caches and settings of the runs that differ from the main ones, one each"""
+    """caches and settings of the other runs, of which there is one each"""
 
     @property
     def fewer_steps(self) -> int:
@@ -68,17 +74,17 @@ FULL = Scale(
     steps=100,
     learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
     seeds=(1, 2, 3),
+    objectives={"SFT": SFT, "KD + SFT, renormalize": RENORMALIZE, "KD + SFT, label": LABEL},
     others=(
-        ("top_k-5", {}),
-        ("top_k-20", {}),
-        *((f"top_k-{k}", {"tail": tail}) for k in (5, 20, 100) for tail in TAILS),
-        ("top_k-500", {}),
-        ("top_p-0.99", {}),
+        *((f"top_k-{k}", {"tail": tail}) for k in (100, 20, 5) for tail in TAILS),
         ("sample-50", {"tail": "drop"}),
-        ("top_k-100", {"temperature": 2.0}),
-        ("top_k-100", {"divergence": "reverse_kl"}),
-        ("top_k-100", {"sft_loss_weight": 0.0}),
-        ("top_k-100", {"sft_loss_weight": 1.0}),
+        ("top_p-0.99", {"tail": "label"}),
+        ("top_k-500", {"tail": "label"}),
+        ("top_k-100", {"tail": "renormalize", "temperature": 2.0}),
+        ("top_k-100", {"tail": "renormalize", "divergence": "reverse_kl"}),
+        ("top_k-100", {"tail": "bucket", "divergence": "reverse_kl"}),
+        ("top_k-100", {"tail": "label", "sft_loss_weight": 0.0}),
+        ("top_k-100", {"tail": "label", "sft_loss_weight": 1.0}),
     ),
 )
 SMALL = Scale(
@@ -86,12 +92,13 @@ SMALL = Scale(
     answers={"train": 1, "heldout": 1},
     batch=4,
     steps=6,
-    learning_rates=(1e-3,),
+    learning_rates=(5e-4,),
     seeds=(1,),
+    objectives={"SFT": SFT, "KD + SFT, label": LABEL},
     others=(
         ("top_k-5", {"tail": "label"}),
         ("sample-50", {"tail": "drop"}),
-        ("top_k-100", {"divergence": "reverse_kl"}),
+        ("top_k-100", {"tail": "bucket", "divergence": "reverse_kl"}),
     ),
 )
 
@@ -100,20 +107,18 @@ SMALL = Scale(
 class Run:
     """A training run; its name says what it is."""
 
-    objective: str
     cache: str
+    settings: dict[str, Any]
+    """of model.knowledge_distillation"""
     steps: int
     learning_rate: float
     seed: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    """of model.knowledge_distillation, where they differ from the YAML"""
 
     @property
     def name(self) -> str:
-        parts = [self.objective, self.cache]
-        if self.objective == "kd":
-            parts += [f"{key}-{value}" for key, value in self.settings.items()]
-        return "-".join([*parts, f"lr-{self.learning_rate:g}-seed-{self.seed}-steps-{self.steps}"])
+        settings = [f"{key}-{value}" for key, value in self.settings.items()]
+        numbers = f"lr-{self.learning_rate:g}-seed-{self.seed}-steps-{self.steps}"
+        return "-".join([self.cache, *settings, numbers])
 
 
 def main() -> None:
@@ -134,11 +139,11 @@ class Study:
         self.out = out
         self.scale = scale
         data = {"questions": scale.questions, "answers": scale.answers, "batch": scale.batch}
-        self.chain = Steps(out, data)
+        self.steps = Steps(out, data)
 
     def prepare(self) -> None:
         """The teacher, the student, the teacher's answers and the caches."""
-        out, run = self.out, self.chain.run
+        out, run = self.out, self.steps.run
         self.write_questions()
         importer, source = EXAMPLES / "import_hf_llama.py", f"source={teacher_gguf()}"
         layers = f"keep_layers={LAYERS}".replace(" ", "")
@@ -201,7 +206,7 @@ class Study:
         )
 
     def dump(self, split: str, cache: str, codec: str, **selection: Any) -> None:
-        self.chain.run(
+        self.steps.run(
             f"dump-{cache}",
             EXAMPLES / "dump_teacher_topk.py",
             "trainer.accelerator=cpu",
@@ -220,42 +225,48 @@ class Study:
 
     def cut(self, source: str, cache: str, k: int) -> None:
         paths = [f"{self.out}/{name}" for name in (source, cache)]
-        self.chain.run(f"cut-{cache}", HERE / "cut_cache.py", *paths, f"--k={k}")
+        self.steps.run(f"cut-{cache}", HERE / "cut_cache.py", *paths, f"--k={k}")
 
     def results(self) -> dict[str, Any]:
         """Train and measure: the sweep, the main runs, and one run of each other kind."""
         scale = self.scale
-        sft = {"kd_loss_weight": 0, "sft_loss_weight": 1}
         first, *_ = scale.seeds
         teacher, student, *sweep = together(
             [
                 partial(self.measure, "teacher"),
                 partial(self.measure, "student"),
                 *(
-                    partial(self.train, Run("sft", MAIN_CACHE, scale.steps, rate, first, sft))
+                    partial(self.train, Run(MAIN_CACHE, SFT, scale.steps, rate, first))
                     for rate in scale.learning_rates
                 ),
             ]
         )
         best = min(sweep, key=lambda row: row["ce"])["learning_rate"]
         say(f"SFT's best learning rate: {best:g}")
-        main = [
-            Run(objective, MAIN_CACHE, steps, best, seed, settings)
-            for seed in scale.seeds
-            for objective, settings in (("sft", sft), ("kd", {}))
-            for steps in (scale.fewer_steps, scale.steps)
-        ]
+        main = {
+            objective: [
+                Run(MAIN_CACHE, settings, steps, best, seed)
+                for steps in (scale.fewer_steps, scale.steps)
+                for seed in scale.seeds
+            ]
+            for objective, settings in scale.objectives.items()
+        }
         others = [
-            Run("kd", cache, scale.fewer_steps, best, first, settings)
-            for cache, settings in scale.others
+            Run(cache, settings, scale.fewer_steps, best, first) for cache, settings in scale.others
         ]
-        rows = together([partial(self.train, run) for run in [*main, *others]])
+        # by name: some of the others are main runs too
+        runs = {run.name: run for run in [*chain.from_iterable(main.values()), *others]}
+        rows = dict(
+            zip(runs, together([partial(self.train, run) for run in runs.values()]), strict=True)
+        )
         return {
             "teacher": teacher,
             "student": student,
             "sweep": sweep,
-            "main": rows[: len(main)],
-            "others": rows[len(main) :],
+            "main": {
+                objective: [rows[run.name] for run in wanted] for objective, wanted in main.items()
+            },
+            "others": [rows[run.name] for run in others],
             "caches": {name: self.cache_size(name) for name in scale.caches},
         }
 
@@ -277,7 +288,7 @@ class Study:
         logs, data = self.out / "runs" / run.name, "model.data"
         whole = run.steps == self.scale.steps  # a curve to be drawn
         interval = max(1, run.steps // VALIDATIONS) if whole else run.steps
-        self.chain.run(
+        self.steps.run(
             run.name,
             EXAMPLES / "train_kd_sft.py",
             "trainer.accelerator=cpu",
@@ -313,7 +324,8 @@ class Study:
         row = {
             **asdict(run),
             **self.measure(run.name),
-            "curve": validation_curves(logs)["validation_loss"],
+            # TensorBoard counts steps from 0
+            "curve": [(step + 1, ce) for step, ce in validation_curves(logs)["validation_loss"]],
         }
         result.parent.mkdir(exist_ok=True)
         result.write_text(json.dumps(row, indent=2) + "\n")
@@ -323,7 +335,7 @@ class Study:
     def measure(self, name: str) -> dict[str, Any]:
         """The measures of a model under `out`, all numbers; see measure.py."""
         output = self.out / "measures" / f"{name}.json"
-        self.chain.run(
+        self.steps.run(
             f"measure-{name}",
             HERE / "measure.py",
             *(f"{self.out}/{file}" for file in (f"{name}.nemo", "heldout", "references.json")),
