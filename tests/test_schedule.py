@@ -40,6 +40,7 @@ def test_each_steps_objective_is_numbers() -> None:
         kd_loss_weight=schedule("linear", 1, 0, 10),
         sft_loss_weight=schedule("constant", 0, 0.5, 2),
         temperature=schedule("cosine", 3, 1, 4),
+        tail="renormalize",
         divergence="jsd",
     )
     first, third, last = (config.at(step) for step in (0, 2, 10))
@@ -53,7 +54,10 @@ def test_each_steps_objective_is_numbers() -> None:
     ("settings", "message"),
     [
         ({"temperature": schedule("linear", 2, 1, 9), "tail": "bucket"}, "tail=renormalize with a"),
-        ({"temperature": schedule("linear", 2, 0, 9)}, r"temperature > 0, got 0.0.*at step 9"),
+        (
+            {"temperature": schedule("linear", 2, 0, 9), "tail": "renormalize"},
+            r"temperature > 0, got 0.0.*at step 9",
+        ),
         ({"kd_loss_weight": schedule("linear", 1, -1, 9)}, r"kd_loss_weight >= 0, got -1"),
         (
             {"kd_loss_weight": schedule("linear", 1, 0, 9), "sft_loss_weight": 0},
@@ -114,6 +118,7 @@ def test_a_run_follows_its_schedules(
             for name in ("train", "validation")
             for key in ("global_batch_size=10", "micro_batch_size=1")
         ),
+        "model.knowledge_distillation.tail=renormalize",
         "model.knowledge_distillation.temperature={schedule:linear,start:3.0,end:1.0,steps:4}",
         "model.knowledge_distillation.kd_loss_weight={schedule:linear,start:1,end:0,steps:4}",
         "model.knowledge_distillation.sft_loss_weight={schedule:constant,start:0,end:1,steps:2}",
