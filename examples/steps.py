@@ -1,5 +1,6 @@
 """A chain of commands, each in a process of its own, that goes on where it was interrupted."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -17,13 +18,22 @@ class Steps:
     """The commands whose files lie under `out`: a log of each, and a mark on those completed."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        """Go on in `out`, or begin anew if what lies there is of other settings."""
+        """Go on in `out`, or begin anew if what lies there is of other settings.
+
+        Ends the process if another is at work there, or a step that outlived one.
+        """
         self._logs = out / "logs"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(out.with_suffix(".lock"), "w")  # noqa: SIM115, held as long as this is
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{out}: another process is at work there; wait for it, or end it")
         record, content = out / "settings.json", json.dumps(settings)
-        if out.exists() and not (record.exists() and record.read_text() == content):
-            shutil.rmtree(out)
-        self._logs.mkdir(parents=True, exist_ok=True)
-        record.write_text(content)
+        if not (record.exists() and record.read_text() == content):
+            shutil.rmtree(out, ignore_errors=True)
+            self._logs.mkdir(parents=True)
+            write(record, content)
 
     def run(
         self,
@@ -52,11 +62,18 @@ class Steps:
         cores = max(1, (os.cpu_count() or 1) // (1 if alone else 2))
         environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
         with open(log, "w") as file:
-            code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
+            code = subprocess.run(
+                command,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                # held for as long as the step lives, were this process killed
+                pass_fds=[self._lock.fileno()],
+            ).returncode
         if code:
             tail = "\n".join(log.read_text().splitlines()[-15:])
             sys.exit(f"{tail}\n{step} failed with exit code {code}; all of its output: {log}")
-        done.write_text(shown)
+        write(done, shown)
         say(f"{step}: {time.monotonic() - start:.0f} s")
 
 
@@ -71,6 +88,13 @@ def together(steps: Iterable[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in futures]
 
 
+def write(path: Path, content: str) -> None:
+    """Write all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content)
+    os.replace(temporary, path)
+
+
 def say(line: str) -> None:
     """One write, so that the lines of two steps stay lines."""
     sys.stdout.write(line + "\n")
@@ -78,13 +102,14 @@ def say(line: str) -> None:
 
 
 def validation_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """The validation scalars of a run's TensorBoard file: tag to (step, value) pairs."""
+    """The validation scalars of a run's TensorBoard file: tag to (steps done, value) pairs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(next(logs.rglob("events.out.tfevents.*"))))
     events.Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        # TensorBoard's are counted from 0
+        tag: [(event.step + 1, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
         if tag.startswith("validation")
     }

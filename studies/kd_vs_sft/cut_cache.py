@@ -1,9 +1,10 @@
-"""Write the cache that a dump with a smaller K would have written, from one with a larger.
+"""Write the cache of a smaller K from one of a larger, whose values are rounded once more.
 
 python studies/kd_vs_sft/cut_cache.py cache-500 cache-20 --k 20
 """
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main() -> None:
     selection = manifest.selection | {"k": arguments.k}
     smaller = replace(manifest, selection=selection, codec="packed", value_type="")
     writer = CacheWriter.open(arguments.output, smaller)
-    for shard in writer.claim_shards():
+    for shard in writer.claim_shards(wait=lambda: time.sleep(1)):
         with writer.shard(shard) as sink:
             for index in smaller.shard_samples(shard):
                 sink.add(**cut(source[index], arguments.k)._asdict())

@@ -1,6 +1,7 @@
 """Measure a student on held-out prompts, out of NeMo: exported, and run by transformers.
 
-    python studies/kd_vs_sft/measure.py student.nemo heldout-cache references.json measures.json
+    PYTHONPATH=examples python studies/kd_vs_sft/measure.py \
+        student.nemo heldout-cache references.json measures.json
 
 All but the greedy answers are means over the supervised tokens of the cache, which holds the
 teacher's whole distribution:

@@ -12,11 +12,11 @@ from typing import Any
 
 Row = dict[str, Any]
 MEASURES = {
-    "ce": ("CE", 3),
-    "kl": ("KL to the teacher", 3),
-    "top1_agreement": ("top-1 agreement", 3),
-    "ece": ("ECE", 3),
-    "exact_match": ("exact match", 3),
+    "ce": "CE",
+    "kl": "KL to the teacher",
+    "top1_agreement": "top-1 agreement",
+    "ece": "ECE",
+    "exact_match": "exact match",
 }
 TOKEN_MEASURES = ("ce", "kl", "top1_agreement", "ece")
 
@@ -63,7 +63,7 @@ def main_table(results: dict[str, Any]) -> str:
             chosen = [row for row in rows if row["steps"] == steps]
             cells = [spread([row[measure] for row in chosen]) for measure in MEASURES]
             lines.append([objective, str(steps), *cells])
-    return table(["objective", "steps", *(title for title, _ in MEASURES.values())], lines)
+    return table(["objective", "steps", *MEASURES.values()], lines)
 
 
 def claim_table(results: dict[str, Any]) -> str:
@@ -73,16 +73,16 @@ def claim_table(results: dict[str, Any]) -> str:
     lines = []
     for objective in distilled:
         rows = results["main"][objective]
-        differences = [
-            [row[measure] - baseline[row["seed"]][measure] for measure in TOKEN_MEASURES]
+        differences = {
+            row["seed"]: [row[name] - baseline[row["seed"]][name] for name in TOKEN_MEASURES]
             for row in rows
             if row["steps"] == min(row["steps"] for row in rows)
-        ]
-        for seed, values in zip(baseline, differences, strict=True):
+        }
+        for seed, values in differences.items():
             lines.append([objective, str(seed), *(f"{value:+.3f}" for value in values)])
-        columns = zip(*differences, strict=True)
+        columns = zip(*differences.values(), strict=True)
         lines.append([objective, "all", *(spread(column, sign="+") for column in columns)])
-    return table(["objective", "seed", *(MEASURES[name][0] for name in TOKEN_MEASURES)], lines)
+    return table(["objective", "seed", *(MEASURES[name] for name in TOKEN_MEASURES)], lines)
 
 
 def storage_table(results: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def storage_table(results: dict[str, Any]) -> str:
                 row["settings"]["tail"],
                 f"{cache['bytes']:.1f}",
                 f"{cache['entries']:.1f}",
-                f"{cache['mass']:.3f}",
+                "drawn" if cache["mass"] is None else number(cache["mass"]),
                 *(number(row[measure]) for measure in TOKEN_MEASURES),
             ]
         )
@@ -118,7 +118,7 @@ def other_table(results: dict[str, Any]) -> str:
     for row in sorted([*plain, *changed], key=lambda row: row["settings"]["tail"]):
         settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
         lines.append([settings, *(number(row[measure]) for measure in TOKEN_MEASURES)])
-    return table(["settings", *(MEASURES[name][0] for name in TOKEN_MEASURES)], lines)
+    return table(["settings", *(MEASURES[name] for name in TOKEN_MEASURES)], lines)
 
 
 def longest(rows: list[Row]) -> list[Row]:

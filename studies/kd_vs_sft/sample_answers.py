@@ -1,6 +1,7 @@
 """Let the teacher write the data: its answers to questions, sampled at temperature 1.
 
-    python studies/kd_vs_sft/sample_answers.py teacher.gguf questions.json answers.jsonl
+    PYTHONPATH=examples python studies/kd_vs_sft/sample_answers.py \
+        teacher.gguf questions.json answers.jsonl
 
 Killed and restarted, it goes on with the first batch that is not whole; a batch's draws depend on
 the seed and its number alone.

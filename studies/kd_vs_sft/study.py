@@ -138,8 +138,15 @@ class Study:
     def __init__(self, out: Path, scale: Scale) -> None:
         self.out = out
         self.scale = scale
-        data = {"questions": scale.questions, "answers": scale.answers, "batch": scale.batch}
-        self.steps = Steps(out, data)
+        # What no step's command shows; a change of it begins anew.
+        settings = {
+            "questions": scale.questions,
+            "answers": scale.answers,
+            "question_characters": QUESTION_CHARACTERS,
+            "seed": SEED,
+            "batch": scale.batch,
+        }
+        self.steps = Steps(out, settings)
 
     def prepare(self) -> None:
         """The teacher, the student, the teacher's answers and the caches."""
@@ -270,21 +277,20 @@ class Study:
             "caches": {name: self.cache_size(name) for name in scale.caches},
         }
 
-    def cache_size(self, name: str) -> dict[str, float]:
+    def cache_size(self, name: str) -> dict[str, float | None]:
         """Means over a cache's supervised tokens: bytes of its row, kept entries and their mass."""
-        summary = summarize(TopKCache.open(self.out / name))
+        cache = TopKCache.open(self.out / name)
+        summary = summarize(cache)
         *_, mass = summary["teacher_mass_kept"].values()
         return {
             "bytes": summary["row_bytes_per_supervised_token"],
             "entries": summary["mean_kept_entries"],
-            "mass": mass,
+            # what was drawn sums to one, and says nothing of the teacher's mass
+            "mass": None if cache.manifest.selection["kind"] == "sample" else mass,
         }
 
     def train(self, run: Run) -> dict[str, Any]:
         """Train, measure, and return the run's results; the student itself is not kept."""
-        result = self.out / "results" / f"{run.name}.json"
-        if result.exists():
-            return json.loads(result.read_text())
         logs, data = self.out / "runs" / run.name, "model.data"
         whole = run.steps == self.scale.steps  # a curve to be drawn
         interval = max(1, run.steps // VALIDATIONS) if whole else run.steps
@@ -321,16 +327,9 @@ class Study:
             f"save_to={self.out}/{run.name}.nemo",
             directory=logs,
         )
-        row = {
-            **asdict(run),
-            **self.measure(run.name),
-            # TensorBoard counts steps from 0
-            "curve": [(step + 1, ce) for step, ce in validation_curves(logs)["validation_loss"]],
-        }
-        result.parent.mkdir(exist_ok=True)
-        result.write_text(json.dumps(row, indent=2) + "\n")
-        (self.out / f"{run.name}.nemo").unlink()
-        return row
+        measures = self.measure(run.name)
+        (self.out / f"{run.name}.nemo").unlink(missing_ok=True)
+        return {**asdict(run), **measures, "curve": validation_curves(logs)["validation_loss"]}
 
     def measure(self, name: str) -> dict[str, Any]:
         """The measures of a model under `out`, all numbers; see measure.py."""
