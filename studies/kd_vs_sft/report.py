@@ -196,14 +196,15 @@ def plot_storage(results: dict[str, Any], path: Path) -> None:
         points = [(results["caches"][row["cache"]]["bytes"], row[measure]) for row in rows]
         for tail, marker in zip(tails, "osD^v", strict=False):
             chosen = [
-                (row["cache"], point)
+                point
                 for row, point in zip(rows, points, strict=True)
                 if row["settings"]["tail"] == tail
             ]
-            x, y = zip(*(point for _, point in chosen), strict=True)
-            axes.plot(x, y, marker, label=tail)
-            for cache, point in chosen:
-                axes.annotate(cache, point, (4, 4), textcoords="offset points", fontsize=7)
+            axes.plot(*zip(*chosen, strict=True), marker, label=tail)
+        for cache in {row["cache"] for row in rows}:
+            lowest = min(row[measure] for row in rows if row["cache"] == cache)
+            place = (results["caches"][cache]["bytes"], lowest)
+            axes.annotate(cache, place, (0, -12), textcoords="offset points", fontsize=8)
         front, lowest = [], float("inf")
         for size, value in sorted(points):
             if value < lowest:
