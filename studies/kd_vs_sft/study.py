@@ -16,7 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from demo import EXAMPLES, LAYERS, PROMPT, VOCAB_SIZE, question_answer_pairs, teacher_gguf
+from demo import (
+    EXAMPLES,
+    PROMPT,
+    VOCAB_SIZE,
+    import_models,
+    question_answer_pairs,
+    teacher_gguf,
+)
 from report import write_report
 from steps import Steps, say, together, validation_curves
 
@@ -35,8 +42,6 @@ MAIN_CACHE = "top_k-100"
 VALIDATION_BATCH = 16
 VALIDATIONS = 10
 CLAIM = 0.7  # of the steps
-
-
 # What is not top_k, which is cut from K = 500, has a dump of its own.
 SELECTIONS: dict[str, dict[str, Any]] = {
     "top_p-0.99": {"kind": "top_p", "p": 0.99, "k": 4096},
@@ -152,16 +157,7 @@ class Study:
         """The teacher, the student, the teacher's answers and the caches."""
         out, run = self.out, self.steps.run
         self.write_questions()
-        importer, source = EXAMPLES / "import_hf_llama.py", f"source={teacher_gguf()}"
-        layers = f"keep_layers={LAYERS}".replace(" ", "")
-        together(
-            [
-                partial(run, "import-teacher", importer, source, f"output={out}/teacher.nemo"),
-                partial(
-                    run, "import-student", importer, source, f"output={out}/student.nemo", layers
-                ),
-            ]
-        )
+        import_models(self.steps, out)
         for split, answers in self.scale.answers.items():
             run(
                 f"answers-{split}",
@@ -279,14 +275,13 @@ class Study:
 
     def cache_size(self, name: str) -> dict[str, float | None]:
         """Means over a cache's supervised tokens: bytes of its row, kept entries and their mass."""
-        cache = TopKCache.open(self.out / name)
-        summary = summarize(cache)
+        summary = summarize(TopKCache.open(self.out / name))
         *_, mass = summary["teacher_mass_kept"].values()
         return {
             "bytes": summary["row_bytes_per_supervised_token"],
             "entries": summary["mean_kept_entries"],
             # what was drawn sums to one, and says nothing of the teacher's mass
-            "mass": None if cache.manifest.selection["kind"] == "sample" else mass,
+            "mass": None if summary["selection"]["kind"] == "sample" else mass,
         }
 
     def train(self, run: Run) -> dict[str, Any]:
