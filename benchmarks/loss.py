@@ -166,7 +166,7 @@ def layer_fused(x: Inputs) -> Tensor:
     return vocab_parallel_linear_kd_sft_loss(
         x.hidden, x.output_weight, x.labels, x.log_probs, x.ids,
         token_weights=x.weights,
-        config=KDLossConfig(sft_loss_weight=SFT_LOSS_WEIGHT),
+        config=KDLossConfig(tail="renormalize", sft_loss_weight=SFT_LOSS_WEIGHT),
         tp_group=dist.group.WORLD,
     ).loss  # fmt: skip
 

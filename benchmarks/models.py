@@ -31,29 +31,35 @@ from hydra import compose, initialize_config_dir
 from nemo_models import restore
 from runs import run_example, scalars
 
-from nemo_kd import cpu_backend
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.writer import ShardWriter
-from nemo_kd.launch import drop_noise
 from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
+from nemo_kd.nemo import cpu_backend
+from nemo_kd.nemo.trainer import drop_noise
 
 ROOT = Path(__file__).parent.parent
 MAX_SEQ_LENGTH = 128
 OBJECTIVES = {
-    "renormalize": KDLossConfig(sft_loss_weight=0),
+    "renormalize": KDLossConfig(tail="renormalize", sft_loss_weight=0),
     "bucket": KDLossConfig(sft_loss_weight=0, tail="bucket"),
     "label": KDLossConfig(sft_loss_weight=0, tail="label"),
     "drop": KDLossConfig(sft_loss_weight=0, tail="drop"),
-    "reverse_kl, renormalize": KDLossConfig(sft_loss_weight=0, divergence="reverse_kl"),
-    "reverse_kl, bucket": KDLossConfig(sft_loss_weight=0, divergence="reverse_kl", tail="bucket"),
-    "jsd, renormalize": KDLossConfig(sft_loss_weight=0, divergence="jsd"),
-    "jsd, bucket": KDLossConfig(sft_loss_weight=0, divergence="jsd", tail="bucket"),
+    "reverse_kl, renormalize": KDLossConfig(
+        tail="renormalize", sft_loss_weight=0, divergence="reverse_kl"
+    ),
+    "reverse_kl, bucket": KDLossConfig(
+        tail="renormalize", sft_loss_weight=0, divergence="reverse_kl", tail="bucket"
+    ),
+    "jsd, renormalize": KDLossConfig(tail="renormalize", sft_loss_weight=0, divergence="jsd"),
+    "jsd, bucket": KDLossConfig(
+        tail="renormalize", sft_loss_weight=0, divergence="jsd", tail="bucket"
+    ),
 }
 
 
 def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float], list[Any]]:
     """Seconds of the run on one shard and of the bare forward; and its rows before packing."""
-    from nemo_kd import dump
+    from nemo_kd.nemo import dump
 
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         config = compose(

@@ -10,13 +10,15 @@ shards that are missing.
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.launch import user_errors
+from nemo_kd.process import user_errors
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="dump_teacher_topk")
 def main(config: DictConfig) -> None:
     with user_errors():
-        from nemo_kd.dump import dump_teacher_topk  # seconds of imports, after the config is read
+        from nemo_kd.nemo.dump import (
+            dump_teacher_topk,  # seconds of imports, once the config is read
+        )
 
         dump_teacher_topk(config)
 

@@ -7,159 +7,17 @@ conf/train_kd_sft.yaml lists every key. model.knowledge_distillation.kd_loss_wei
 sft_loss_weight=1 is plain SFT on the same samples.
 """
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import hydra
-import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
-from nemo_kd import cpu_backend
-from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
-from nemo_kd.known_keys import exp_manager_keys, model_keys, optim_keys, trainer_keys
-from nemo_kd.launch import (
-    build_trainer,
-    check_layout,
-    check_sequence_length,
-    exit_stopped,
-    initialize_model_parallel,
-    prepare_accelerator,
-    read_model_config,
-    save_nemo,
-    user_errors,
-)
-
-CONFIG_FILE = Path(__file__).parent / "conf" / "train_kd_sft.yaml"
-
-
-def check_settings(config: DictConfig, student: DictConfig) -> None:
-    """Check the objective, and refuse keys of a preset or a + override that nothing reads.
-
-    Args:
-        config: The run's, as it was given.
-        student: The config inside the student's .nemo.
-
-    Raises:
-        ValueError: There is such a key, or the objective has no meaning.
-    """
-    known: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_FILE))
-    del known["defaults"], known["hydra"]  # read by Hydra before
-    known["trainer"] = trainer_keys()
-    known["exp_manager"] = exp_manager_keys()
-    known["model"] = model_keys(student) | known["model"]
-    known["model"]["optim"] = optim_keys(config.model.optim)
-    known["model"]["knowledge_distillation"] = None  # a value of it may be a schedule
-    refuse_unknown_keys(config, known)
-    objective = config.model.get("knowledge_distillation", {})
-    read_settings(DistillationConfig, objective, "model.knowledge_distillation")
-    if config.model.peft.peft_scheme is not None and "distributed" in config.model.optim.name:
-        raise ValueError(
-            f"expected model.optim.name=fused_adam with model.peft, got {config.model.optim.name}, "
-            "whose state NeMo's checkpoints of adapters leave out"
-        )
-    wants_wandb = (config.exp_manager or {}).get("create_wandb_logger", False)
-    if wants_wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb, or "
-            "set it to false"
-        )
-
-
-def check_batches(model: DictConfig, num_processes: int) -> None:
-    """Check the student's layout and its batches against each other.
-
-    Raises:
-        ValueError: The parallel sizes do not divide the model, or micro batches on all replicas
-            not a global batch; sequences are longer than the student's; or a list has another
-            length than that of the files.
-    """
-    num_replicas = check_layout(model, num_processes, "model")
-    for name in ("train_ds", "validation_ds"):
-        dataset, key = model.data[name], f"model.data.{name}"
-        if dataset.global_batch_size % (dataset.micro_batch_size * num_replicas):
-            raise ValueError(
-                f"expected {key}.global_batch_size divisible by its micro_batch_size "
-                f"{dataset.micro_batch_size} x data-parallel size {num_replicas}, got "
-                f"{dataset.global_batch_size}"
-            )
-        check_sequence_length(model, "model", dataset.max_seq_length, f"{key}.max_seq_length")
-        for each in ("names", "concat_sampling_probabilities"):
-            values = dataset.get(each)
-            if values is not None and len(values) != len(dataset.file_names):
-                raise ValueError(
-                    f"expected as many values of {key}.{each} as of {key}.file_names, "
-                    f"{len(dataset.file_names)}, got {len(values)}"
-                )
-
-
-def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
-    """The .nemo's config under the run's, as NeMo's MegatronGPTSFTModel.merge_cfg_with has it."""
-    train_ds, validation_ds = config.model.data.train_ds, config.model.data.validation_ds
-    with open_dict(student):
-        student.data, student.optim = {}, {}  # of the run that wrote the .nemo
-        merged: Any = OmegaConf.merge(student, config.model)
-        merged.micro_batch_size = train_ds.micro_batch_size
-        merged.global_batch_size = train_ds.global_batch_size
-        merged.precision = config.trainer.precision
-        if train_ds.concat_sampling_probabilities is None and len(train_ds.file_names) == 1:
-            merged.data.train_ds.concat_sampling_probabilities = [1.0]
-    for name in (*train_ds.file_names, *validation_ds.file_names):
-        if not Path(name).exists():
-            raise ValueError(f"model.data: expected a cache or a jsonl, found no {name}")
-    if config.trainer.accelerator == "cpu":
-        cpu_backend.prepare_model_config(merged)
-    return merged
-
-
-def train_kd_sft(config: DictConfig) -> None:
-    student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
-    check_settings(config, student)  # before a CPU takes the place of what it cannot do
-    prepare_accelerator(config)
-    validates = config.trainer.max_steps == 0
-    if validates and config.exp_manager is not None:
-        # of model.restore_from_path, not of the checkpoint of an earlier run
-        config.exp_manager.resume_if_exists = False
-    model_config = merge_model_config(config, student)
-
-    from nemo_kd.model import MegatronGPTSFTKDModel
-    from nemo_kd.resume import exit_if_out_of_time, start_exp_manager
-    from nemo_kd.summary import ClosingSummary
-
-    with open_dict(config):
-        config.model = model_config  # what the trainer's plugins read of it is the .nemo's too
-    trainer = build_trainer(config)
-    check_batches(model_config, trainer.world_size)
-    start_exp_manager(trainer, config.exp_manager)
-    initialize_model_parallel(trainer, model_config)
-    model = MegatronGPTSFTKDModel.restore_from(
-        config.model.restore_from_path, override_config_path=model_config, trainer=trainer
-    )
-    if config.model.peft.peft_scheme is not None:
-        from nemo_kd.lora import add_adapters
-
-        add_adapters(model, config.model.peft)
-    summary = ClosingSummary()
-    trainer.callbacks.append(summary)
-    try:
-        (trainer.validate if validates else trainer.fit)(model)
-    except SIGTERMException:  # Lightning's, outside of training; it says 0, as if all were done
-        exit_stopped("stopped by SIGTERM" if trainer.is_global_zero else None)
-    if validates:
-        return
-    exit_if_out_of_time(trainer)
-    if config.save_to is not None:
-        if config.trainer.accelerator == "cpu":
-            cpu_backend.drop_overrides(model.cfg)
-        save_nemo(model, config.save_to)
-    if torch.distributed.get_rank() == 0:
-        print(summary.report(trainer, config.save_to))
+from nemo_kd.process import user_errors
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train_kd_sft")
 def main(config: DictConfig) -> None:
     with user_errors():
+        from nemo_kd.nemo.train import train_kd_sft  # seconds of imports, once the config is read
+
         train_kd_sft(config)
 
 

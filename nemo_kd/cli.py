@@ -129,7 +129,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from nemo_kd.dataset import tokenizer_fingerprint
+    from nemo_kd.nemo.dataset import tokenizer_fingerprint
 
     tokenizer = _read_tokenizer(Path(arguments.tokenizer))
 
@@ -210,8 +210,8 @@ def _differences(cache: TopKCache, files: list[str], tokenizer_path: str) -> Ite
     from omegaconf import OmegaConf
 
     from nemo_kd.config import DataConfig, read_settings
-    from nemo_kd.dataset import tokenizer_fingerprint
-    from nemo_kd.sources import build_samples, cut_sample
+    from nemo_kd.nemo.dataset import tokenizer_fingerprint
+    from nemo_kd.nemo.sources import build_samples, cut_sample
 
     manifest = cache.manifest
     tokenizer = _read_tokenizer(Path(tokenizer_path))

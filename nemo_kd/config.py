@@ -141,7 +141,7 @@ class DistillationConfig:
     """
 
     divergence: str = "forward_kl"
-    tail: str = "label"  # docs/study.md; KDLossConfig's own is NeMo-Aligner's renormalize
+    tail: str = "label"
     temperature: float | Schedule = 1.0
     jsd_beta: float = 0.5
     kd_loss_weight: float | Schedule = 1.0

@@ -13,8 +13,9 @@ def restore(path: Path, tensor_parallel_size: int = 1, pipeline_parallel_size: i
         MegatronGPTSFTModel,
     )
 
-    from nemo_kd import cpu_backend
-    from nemo_kd.launch import build_trainer, initialize_model_parallel, read_model_config
+    from nemo_kd.nemo import cpu_backend
+    from nemo_kd.nemo.nemo_file import read_model_config
+    from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
 
     cpu_backend.enable()
     config = read_model_config(str(path), "path")

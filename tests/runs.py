@@ -1,6 +1,5 @@
 """Runs the examples as a user does: real processes, and torchrun for more than one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,14 +10,6 @@ from typing import Any
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPT = "Q: {input} A: {output}"
 MAX_SEQ_LENGTH = 48
-
-
-def load_example(name: str) -> Any:
-    """The example as a module, for its functions."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_example(

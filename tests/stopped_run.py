@@ -15,7 +15,7 @@ from runs import EXAMPLES
 
 
 def main() -> None:
-    from nemo_kd import resume
+    from nemo_kd.nemo import resume
 
     name, step, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     del sys.argv[1:4]

@@ -121,13 +121,13 @@ def test_rows_stand_at_the_tokens_before(chat_cache: TopKCache, hf_llamas: dict[
 
 
 def test_batches_equal_nemos(chat_cache: TopKCache, nemo_chat: Any, tokenizer: Any) -> None:
-    from nemo_kd.dataset import GPTSFTKDDataset
     from nemo_kd.loss import KDLossConfig
+    from nemo_kd.nemo.dataset import GPTSFTKDDataset
 
     own = GPTSFTKDDataset(
         str(chat_cache.path),
         tokenizer,
-        kd_config=KDLossConfig(),
+        kd_config=KDLossConfig(tail="renormalize"),
         max_seq_length=MAX_SEQ_LENGTH,
         get_attention_mask_from_fusion=True,
     )
@@ -226,7 +226,7 @@ BAD_LINES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
     from nemo_kd.config import DataConfig
-    from nemo_kd.sources import check_source
+    from nemo_kd.nemo.sources import check_source
 
     record, message = BAD_LINES[case]
     good = {"system": "", "conversations": [TURN, REPLY]}
@@ -239,6 +239,6 @@ def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_what_nemo_takes_is_not_refused(name: str) -> None:
-    from nemo_kd.sources import fault_of_conversation
+    from nemo_kd.nemo.sources import fault_of_conversation
 
     assert fault_of_conversation(CONVERSATIONS[name]) is None

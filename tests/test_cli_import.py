@@ -146,7 +146,7 @@ def dumped(tmp_path, tokenizer_path) -> tuple[Path, Path]:
     from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 
     from nemo_kd.config import DataConfig
-    from nemo_kd.dataset import tokenizer_fingerprint
+    from nemo_kd.nemo.dataset import tokenizer_fingerprint
 
     lines = [{"input": "a b", "output": "c d"}, {"input": "e", "output": "f"}]
     source = write_lines(tmp_path / "train.jsonl", lines)

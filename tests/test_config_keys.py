@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
-from runs import EXAMPLES, load_example
+from runs import EXAMPLES
 
 # the config inside a .nemo: what NeMo reads without a default is always there
 CHECKPOINT = OmegaConf.create(
@@ -34,13 +34,18 @@ GIVEN = {
 def check_of(name: str) -> Callable[[DictConfig], Any]:
     """What refuses a key of this entry, at its start."""
     if name == "train_kd_sft":
-        return partial(load_example(name).check_settings, student=CHECKPOINT)
+        from nemo_kd.nemo.train import check_settings
+
+        return partial(check_settings, student=CHECKPOINT)
     if name == "dump_teacher_topk":
-        from nemo_kd.dump import check_settings
+        from nemo_kd.nemo.dump import check_settings
 
         return partial(check_settings, teacher=CHECKPOINT)
 
-    convert = getattr(load_example(name), name)
+    from nemo_kd.nemo.hf_export import export_hf_llama
+    from nemo_kd.nemo.hf_import import import_hf_llama
+
+    convert = {"import_hf_llama": import_hf_llama, "export_hf_llama": export_hf_llama}[name]
 
     def check(config: DictConfig) -> None:
         with pytest.raises(ValueError) as error:

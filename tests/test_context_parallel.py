@@ -33,7 +33,7 @@ def standing_in(rank: int, size: int) -> Iterator[None]:
 
 def on_this_rank(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model and its batch, after the steps that NeMo's forward has before the model's."""
-    from nemo_kd.model import MegatronGPTSFTKDModel, _MeanTerms
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel, _MeanTerms
 
     model = object.__new__(MegatronGPTSFTKDModel)
     model._terms = _MeanTerms()
@@ -57,17 +57,20 @@ def partitioned_indices(cu_seqlens: torch.Tensor, length: int, size: int, rank: 
 def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> None:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    from nemo_kd import cpu_backend
-    from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
     from nemo_kd.loss import KDLossConfig
-    from nemo_kd.model import TEACHER_ROWS
+    from nemo_kd.nemo import cpu_backend
+    from nemo_kd.nemo.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
+    from nemo_kd.nemo.model import TEACHER_ROWS
 
     cpu_backend.enable()
     tokenizer = AutoTokenizer(str(hf_student))
     sys.modules["transformer_engine_torch"] = SimpleNamespace(  # type: ignore[assignment]
         thd_get_partitioned_indices=partitioned_indices
     )
-    settings: dict[str, Any] = {"kd_config": KDLossConfig(), "get_attention_mask_from_fusion": True}
+    settings: dict[str, Any] = {
+        "kd_config": KDLossConfig(tail="renormalize"),
+        "get_attention_mask_from_fusion": True,
+    }
     for size in (2, 4):
         samples = GPTSFTKDDataset(str(cache), tokenizer, max_seq_length=48, **settings)
         packs = GPTSFTKDPackedDataset(
@@ -116,8 +119,8 @@ def gradient_of_one(rank: int, world_size: int, sizes: list[int]) -> tuple[list[
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.pipeline_parallel import schedules
 
-    from nemo_kd import cpu_backend
-    from nemo_kd.model import schedule_multiplies_by_context_size
+    from nemo_kd.nemo import cpu_backend
+    from nemo_kd.nemo.model import schedule_multiplies_by_context_size
 
     class Weight(torch.nn.Module):
         config = ModelParallelConfig()
@@ -158,8 +161,8 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
     from hydra import compose, initialize_config_dir
     from nemo.utils.exp_manager import exp_manager
 
-    from nemo_kd import cpu_backend
-    from nemo_kd.launch import build_trainer, initialize_model_parallel, prepare_accelerator
+    from nemo_kd.nemo import cpu_backend
+    from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
 
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         config = compose("train_kd_sft", list(arguments))
@@ -170,7 +173,7 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
     )
     from omegaconf import open_dict
 
-    from nemo_kd.model import MegatronGPTSFTKDModel
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
 
     student = config.model.restore_from_path
     config.model.data.train_ds.concat_sampling_probabilities = [1.0]

@@ -62,8 +62,8 @@ def nemo_dataset(tmp_path: Path, records: list[dict[str, str]], tokenizer: Any, 
 
 def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache:
     """A cache of NeMo's samples with random rows."""
-    from nemo_kd.dataset import tokenizer_fingerprint
-    from nemo_kd.sources import cut_sample
+    from nemo_kd.nemo.dataset import tokenizer_fingerprint
+    from nemo_kd.nemo.sources import cut_sample
 
     manifest = Manifest(
         selection={"kind": "top_k", "k": K, "temperature": 1.0},
@@ -97,12 +97,12 @@ def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache
 
 
 def kd_dataset(cache: TopKCache, tokenizer: Any, config: KDLossConfig | None = None, **more: Any):
-    from nemo_kd.dataset import GPTSFTKDDataset
+    from nemo_kd.nemo.dataset import GPTSFTKDDataset
 
     return GPTSFTKDDataset(
         str(cache.path),
         tokenizer,
-        kd_config=config or KDLossConfig(),
+        kd_config=config or KDLossConfig(tail="renormalize"),
         **({"max_seq_length": 64, "get_attention_mask_from_fusion": True} | more),
     )
 
@@ -179,7 +179,7 @@ def test_renormalize_untempers_the_dump(tmp_path: Path, tokenizer: Any, records:
     nemo = nemo_dataset(tmp_path, records, tokenizer)
     selection = {"kind": "top_k", "k": K, "temperature": 2.0}
     cache = write_cache(tmp_path / "cache", nemo, tokenizer, selection=selection)
-    own = kd_dataset(cache, tokenizer, KDLossConfig(temperature=3.0))
+    own = kd_dataset(cache, tokenizer, KDLossConfig(tail="renormalize", temperature=3.0))
     supervised = own.collate_fn([own[0]])["topk_log_probs"][0]
     rows = supervised[supervised[:, 0] > -torch.inf]
     stored = torch.from_numpy(cache[0].topk_log_probs)
@@ -216,15 +216,15 @@ def test_a_cache_that_does_not_fit_is_refused(
     nemo = nemo_dataset(tmp_path, records[:2], tokenizer)
     cache = write_cache(tmp_path / "cache", nemo, tokenizer, **changes)
     with pytest.raises(ValueError, match=message):
-        kd_dataset(cache, tokenizer, KDLossConfig(**config), **settings)
+        kd_dataset(cache, tokenizer, KDLossConfig(**{"tail": "renormalize", **config}), **settings)
 
 
 def test_a_jsonl_is_refused(tmp_path: Path, tokenizer: Any, records: Any) -> None:
-    from nemo_kd.dataset import GPTSFTKDDataset
+    from nemo_kd.nemo.dataset import GPTSFTKDDataset
 
     path = write_jsonl(tmp_path / "data.jsonl", records)
     with pytest.raises(ValueError, match="expected a cache directory"):
-        GPTSFTKDDataset(str(path), tokenizer, kd_config=KDLossConfig())
+        GPTSFTKDDataset(str(path), tokenizer, kd_config=KDLossConfig(tail="renormalize"))
 
 
 # Packs
@@ -233,10 +233,14 @@ PACK_SIZE = 72
 
 
 def packed_dataset(cache: TopKCache, tokenizer: Any, **more: Any) -> Any:
-    from nemo_kd.dataset import GPTSFTKDPackedDataset
+    from nemo_kd.nemo.dataset import GPTSFTKDPackedDataset
 
     return GPTSFTKDPackedDataset(
-        str(cache.path), tokenizer, kd_config=KDLossConfig(), max_seq_length=PACK_SIZE, **more
+        str(cache.path),
+        tokenizer,
+        kd_config=KDLossConfig(tail="renormalize"),
+        max_seq_length=PACK_SIZE,
+        **more,
     )
 
 
@@ -363,7 +367,7 @@ def test_an_end_token_inside_a_sample_does_not_end_it(
 def test_packs_follow_the_seed_and_read_lengths_alone(
     tmp_path: Path, tokenizer: Any, records: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_kd import dataset
+    from nemo_kd.nemo import dataset
 
     cache = write_cache(tmp_path / "cache", nemo_dataset(tmp_path, records, tokenizer), tokenizer)
     np.testing.assert_array_equal(cache.num_tokens(), [len(sample.tokens) for sample in cache])
@@ -386,7 +390,7 @@ def test_packs_follow_the_seed_and_read_lengths_alone(
 def test_a_cpu_has_no_attention_within_packs() -> None:
     from omegaconf import OmegaConf
 
-    from nemo_kd import cpu_backend
+    from nemo_kd.nemo import cpu_backend
 
     config = OmegaConf.create({"data": {"train_ds": {"packed_sequence": True}}})
     with pytest.raises(ValueError, match="packed_sequence=false"):

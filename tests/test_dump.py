@@ -162,7 +162,7 @@ def test_other_selections(
 
 
 def test_shards_are_numbers_and_ranges() -> None:
-    from nemo_kd.dump import parse_shards
+    from nemo_kd.nemo.dump import parse_shards
 
     assert parse_shards(None, 3) == [0, 1, 2]
     assert parse_shards(7, 8) == [7]  # what Hydra makes of cache.shards=7
@@ -181,8 +181,8 @@ def test_nemos_own_trainer_takes_the_teachers_config(
     from omegaconf import OmegaConf
 
     from nemo_kd.config import DataConfig
-    from nemo_kd.dump import _merge_teacher_config
-    from nemo_kd.launch import read_model_config
+    from nemo_kd.nemo.dump import _merge_teacher_config
+    from nemo_kd.nemo.nemo_file import read_model_config
 
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         arguments = dump_arguments(nemos["untied"], tmp_path, tmp_path, "trainer.accelerator=gpu")

@@ -2,9 +2,8 @@
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from runs import load_example
 
-from nemo_kd.launch import check_layout, check_sequence_length
+from nemo_kd.nemo.layout import check_layout, check_sequence_length
 
 MODEL = {
     "tensor_model_parallel_size": 1,
@@ -123,7 +122,8 @@ def test_longer_sequences_than_the_models_are_refused(
     ],
 )
 def test_batches_fit_the_layout(name: str, changes: dict[str, int], message: str | None) -> None:
-    check_batches = load_example("train_kd_sft").check_batches
+    from nemo_kd.nemo.train import check_batches
+
     batch = {"global_batch_size": 12, "micro_batch_size": 2, "max_seq_length": 128}
     data = {"train_ds": batch, "validation_ds": batch}
     config = model(data=data | {name: batch | changes}, tensor_model_parallel_size=2)

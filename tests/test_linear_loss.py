@@ -8,8 +8,8 @@ import torch.distributed as dist
 from distributed import run_distributed
 from loss_cases import MODES, Case, V, random_case
 
-import nemo_kd._fused
-import nemo_kd.linear_loss
+import nemo_kd.loss.fused
+import nemo_kd.loss.linear
 from nemo_kd.loss import (
     KDLossConfig,
     KDLossOutput,
@@ -103,9 +103,9 @@ def assert_same(
 
 @pytest.fixture(params=[5, 100], ids=lambda tokens: f"{tokens}_tokens_a_block")
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(nemo_kd.linear_loss._BLOCK_BYTES, "cpu", request.param * V * 4)
-    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", 2 * V * 4)
-    monkeypatch.setattr(nemo_kd.linear_loss, "_IDS_PER_PRODUCT", 7)
+    monkeypatch.setitem(nemo_kd.loss.linear._BLOCK_BYTES, "cpu", request.param * V * 4)
+    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", 2 * V * 4)
+    monkeypatch.setattr(nemo_kd.loss.linear, "_IDS_PER_PRODUCT", 7)
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -146,8 +146,8 @@ def test_small_token_weights_in_float16(mode: str) -> None:
 
 
 def on_every_rank(rank: int, world_size: int) -> dict[tuple[str, bool], Any]:
-    nemo_kd.linear_loss._BLOCK_BYTES["cpu"] = 5 * V // world_size * 4
-    nemo_kd._fused._CHUNK_BYTES["cpu"] = 2 * V // world_size * 4
+    nemo_kd.loss.linear._BLOCK_BYTES["cpu"] = 5 * V // world_size * 4
+    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = 2 * V // world_size * 4
     return {
         (mode, sequence_parallel): fused(mode, rank, world_size, sequence_parallel)
         for mode in MODES
@@ -199,7 +199,7 @@ def test_frozen_input_has_no_gradient(frozen: str) -> None:
     (weight if frozen == "hidden" else hidden).requires_grad_()
     out = vocab_parallel_linear_kd_sft_loss(
         hidden, weight, case.labels, case.log_probs, case.ids,
-        token_weights=token_weights, config=KDLossConfig(),
+        token_weights=token_weights, config=KDLossConfig(tail="renormalize"),
     )  # fmt: skip
     (3 * out.loss).backward()
     assert (hidden.grad is None) == (frozen == "hidden")
@@ -224,7 +224,7 @@ def test_full_gather_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected logits_gather=topk .* got full"):
         vocab_parallel_linear_kd_sft_loss(
             hidden, weight, case.labels, case.log_probs, case.ids,
-            token_weights=token_weights, config=KDLossConfig(logits_gather="full"),
+            token_weights=token_weights, config=KDLossConfig(tail="renormalize", logits_gather="full"),
         )  # fmt: skip
 
 
@@ -233,5 +233,5 @@ def test_token_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected token_weights of shape \(6, 2\)"):
         vocab_parallel_linear_kd_sft_loss(
             hidden, weight, case.labels, case.log_probs, case.ids,
-            token_weights=token_weights[:3], config=KDLossConfig(),
+            token_weights=token_weights[:3], config=KDLossConfig(tail="renormalize"),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from reference import reference_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import nemo_kd._fused
+import nemo_kd.loss.fused
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
 
 
@@ -125,7 +125,7 @@ def test_nothing_larger_than_a_chunk_is_allocated(
 ) -> None:
     case = random_case(shape=(16, 4), v=512)
     chunk_bytes = 8 * 512 * 4
-    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", chunk_bytes)
+    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", chunk_bytes)
     logits = case.logits.to(dtype).requires_grad_(with_gradient)
     with StorageSizes() as sizes:
         out = vocab_parallel_kd_sft_loss(
@@ -149,7 +149,7 @@ def test_chunks_that_do_not_divide_the_tokens(
     mode: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = random_case(shape=(3, 3))
-    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", rows * V * 4)
+    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", rows * V * 4)
     for inplace in (False, True):
         out, gradient = run(case, MODES[mode], inplace=inplace)
         assert_matches_reference(case, MODES[mode], out, gradient)
@@ -160,7 +160,7 @@ def test_chunks_that_do_not_divide_the_tokens(
 def test_non_contiguous_logits(
     strides: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(nemo_kd._fused._CHUNK_BYTES, "cpu", 2 * V * 4)
+    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", 2 * V * 4)
     case, config = random_case(shape=(3, 4)), MODES["forward_kl-bucket-T2"]
     base, view = {
         "transposed": (case.logits.transpose(0, 1).contiguous(), lambda x: x.transpose(0, 1)),
@@ -232,7 +232,12 @@ def test_masked_batch_has_no_loss_and_no_gradient() -> None:
     case = EDGES["all_rows_empty"]()
     logits = case.logits.clone().requires_grad_()
     out = vocab_parallel_kd_sft_loss(
-        logits, case.labels, case.log_probs, case.ids, case.tails, config=KDLossConfig()
+        logits,
+        case.labels,
+        case.log_probs,
+        case.ids,
+        case.tails,
+        config=KDLossConfig(tail="renormalize"),
     )
     loss = (out.loss * torch.zeros_like(out.loss)).sum()
     loss.backward()
@@ -244,7 +249,7 @@ def test_masked_batch_has_no_loss_and_no_gradient() -> None:
 
 def test_no_tokens() -> None:
     case = random_case(shape=(0, 2))
-    out, gradient = run(case, KDLossConfig())
+    out, gradient = run(case, KDLossConfig(tail="renormalize"))
     assert out.loss.shape == (0, 2)
     assert gradient.shape == case.logits.shape
 
@@ -254,7 +259,12 @@ def test_graph_may_be_walked_again_unless_inplace() -> None:
     for inplace in (False, True):
         logits = case.logits.clone().requires_grad_()
         out = vocab_parallel_kd_sft_loss(
-            logits, case.labels, case.log_probs, case.ids, config=KDLossConfig(), inplace=inplace
+            logits,
+            case.labels,
+            case.log_probs,
+            case.ids,
+            config=KDLossConfig(tail="renormalize"),
+            inplace=inplace,
         )
         loss = 2 * out.loss.sum()
         (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
@@ -266,7 +276,7 @@ def test_graph_may_be_walked_again_unless_inplace() -> None:
 
 
 def test_gradient_of_a_row_does_not_depend_on_the_micro_batch() -> None:
-    case, config = random_case(shape=(6,)), KDLossConfig()
+    case, config = random_case(shape=(6,)), KDLossConfig(tail="renormalize")
     _, together = run(case, config)
     for i in range(6):
         row = slice(i, i + 1)
@@ -320,7 +330,7 @@ def test_bucket_tail_is_exact_for_a_certain_student(gather: str) -> None:
 )
 def test_config_refuses_what_has_no_meaning(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KDLossConfig(**change)
+        KDLossConfig(**{"tail": "renormalize", **change})
 
 
 @pytest.mark.parametrize(
@@ -336,7 +346,7 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, value: int, message: 
     case = random_case()
     getattr(case, name)[1, 1] = value
     with pytest.raises(ValueError, match=message):
-        run(case, KDLossConfig())
+        run(case, KDLossConfig(tail="renormalize"))
 
 
 def test_an_id_twice_in_a_row_is_refused() -> None:
@@ -345,7 +355,7 @@ def test_an_id_twice_in_a_row_is_refused() -> None:
     with pytest.raises(
         ValueError, match=rf"each id at most once a row, got {case.ids[1, 1, 0]} twice"
     ):
-        run(case, KDLossConfig())
+        run(case, KDLossConfig(tail="renormalize"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from distributed import run_distributed
 from loss_cases import EDGES, MODES, Case, V, random_case
 from test_loss import assert_matches_reference
 
-import nemo_kd._fused
+import nemo_kd.loss.fused
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
 
 TP_SIZES = (2, 4)
@@ -49,7 +49,9 @@ def _detach(value: Any) -> Any:
 
 
 def every_case(rank: int, world_size: int) -> dict[Any, Any]:
-    nemo_kd._fused._CHUNK_BYTES["cpu"] = 4 * V // world_size * 4  # 4 tokens a chunk, 6 in a case
+    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = (
+        4 * V // world_size * 4
+    )  # 4 tokens a chunk, 6 in a case
     results = {}
     for edge, make in EDGES.items():
         for mode, config in MODES.items():
@@ -78,7 +80,7 @@ def collectives(rank: int, world_size: int) -> dict[int, list[tuple[str, int]]]:
         setattr(dist, name, spy)
     result = {}
     for tokens in (1, 3, 6):
-        nemo_kd._fused._CHUNK_BYTES["cpu"] = tokens * V // world_size * 4
+        nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = tokens * V // world_size * 4
         seen.clear()
         run_shard(random_case(), MODES["forward_kl-bucket-T2"], rank, world_size, inplace=True)
         result[6 // tokens] = list(seen)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from runs import dump_arguments, scalars, train_arguments
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.launch import take_over_launcher
+from nemo_kd.nemo.trainer import take_over_launcher
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("dump_array.sh", "train.sh")

@@ -159,8 +159,8 @@ def plain_nemo_sft(
     from omegaconf import open_dict
     from runs import EXAMPLES
 
-    from nemo_kd import cpu_backend
-    from nemo_kd.launch import build_trainer, initialize_model_parallel, prepare_accelerator
+    from nemo_kd.nemo import cpu_backend
+    from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
 
     with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
         config = compose("train_kd_sft", train_arguments(student, jsonl, jsonl, logs))

@@ -6,7 +6,7 @@ import sys
 CRASH = """
 import os, signal, sys
 from torch.utils.data import DataLoader
-from nemo_kd.launch import shield_workers
+from nemo_kd.process import shield_workers
 
 def main():
     loader = DataLoader(range(8), num_workers=1, persistent_workers=True)

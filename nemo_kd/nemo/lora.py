@@ -16,7 +16,7 @@ from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters imp
 from nemo.collections.nlp.parts.peft_config import LoraPEFTConfig
 from omegaconf import DictConfig
 
-from nemo_kd.launch import read_model_config
+from nemo_kd.nemo.nemo_file import read_model_config
 
 
 def add_adapters(model: Any, peft: DictConfig) -> None:

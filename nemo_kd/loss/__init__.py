@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd._fused import (
+from nemo_kd.loss.fused import (
     Columns,
     Student,
     fused_pass,
@@ -25,8 +25,8 @@ from nemo_kd._fused import (
     metrics,
     tokens_per_chunk,
 )
-from nemo_kd._objective import KDLossConfig, KDLossOutput, Targets, check_inputs, flatten_rows
-from nemo_kd.linear_loss import vocab_parallel_linear_kd_sft_loss
+from nemo_kd.loss.linear import vocab_parallel_linear_kd_sft_loss
+from nemo_kd.loss.objective import KDLossConfig, KDLossOutput, Targets, check_inputs, flatten_rows
 from nemo_kd.vocab_parallel import all_gather, num_vocab_shards, vocab_shard_range
 
 __all__ = [

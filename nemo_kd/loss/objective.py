@@ -31,7 +31,7 @@ class KDLossConfig:
     """
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    tail: Literal["renormalize", "bucket", "label", "drop"] = "renormalize"
+    tail: Literal["renormalize", "bucket", "label", "drop"] = "label"  # docs/study.md: it wins
     temperature: float = 1.0
     jsd_beta: float = 0.5  # m = beta * teacher + (1 - beta) * student; read by jsd alone
     kd_loss_weight: float = 1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd._objective import KDLossConfig, Targets
+from nemo_kd.loss.objective import KDLossConfig, Targets
 from nemo_kd.vocab_parallel import LOG2_E, all_reduce_max, all_reduce_sum, vocab_shard_range
 
 # One chunk of tokens in the computing type. On a CPU it is to stay in the cache between the passes

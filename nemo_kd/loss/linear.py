@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd._fused import Student, fused_pass, locate_columns, metrics, tokens_per_chunk
-from nemo_kd._objective import KDLossConfig, KDLossOutput, check_inputs, flatten_rows
+from nemo_kd.loss.fused import Student, fused_pass, locate_columns, metrics, tokens_per_chunk
+from nemo_kd.loss.objective import KDLossConfig, KDLossOutput, check_inputs, flatten_rows
 from nemo_kd.vocab_parallel import (
     all_gather,
     all_reduce_sum,

@@ -18,7 +18,7 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import StatelessTimer, exp_manager
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.launch import exit_stopped
+from nemo_kd.process import exit_stopped
 
 
 def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from omegaconf import DictConfig
 
-from nemo_kd.cpu_backend import GPU_OPTIMIZERS
+from nemo_kd.nemo.cpu_backend import GPU_OPTIMIZERS
 
 Keys = dict[str, Any]
 

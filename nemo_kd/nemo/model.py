@@ -21,10 +21,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
-from nemo_kd.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
-from nemo_kd.launch import shield_workers
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
-from nemo_kd.resume import WholePassSampler
+from nemo_kd.nemo.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
+from nemo_kd.nemo.resume import WholePassSampler
+from nemo_kd.process import shield_workers
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SFT_TERMS = ("sft_loss",)

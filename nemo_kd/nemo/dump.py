@@ -26,23 +26,17 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
-from nemo_kd import cpu_backend
 from nemo_kd.cache import CacheWriter, Manifest
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
-from nemo_kd.dataset import tokenizer_fingerprint
-from nemo_kd.known_keys import model_keys, trainer_keys
-from nemo_kd.launch import (
-    build_trainer,
-    check_layout,
-    check_sequence_length,
-    exit_stopped,
-    initialize_model_parallel,
-    prepare_accelerator,
-    read_model_config,
-    shield_workers,
-)
+from nemo_kd.nemo import cpu_backend
+from nemo_kd.nemo.dataset import tokenizer_fingerprint
+from nemo_kd.nemo.known_keys import model_keys, trainer_keys
+from nemo_kd.nemo.layout import check_layout, check_sequence_length
+from nemo_kd.nemo.nemo_file import read_model_config
+from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
+from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
+from nemo_kd.process import exit_stopped, shield_workers
 from nemo_kd.selection import SelectionConfig, TeacherRows, select_teacher_rows
-from nemo_kd.sources import build_samples, check_source, cut_sample, fingerprint_teacher
 
 # Micro batches that are sorted by length together; their rows wait in the host's memory.
 _MICRO_BATCHES_PER_WINDOW = 16

@@ -1,0 +1,160 @@
+"""A Hugging Face checkpoint of the Llama family becomes a .nemo.
+
+The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.config import refuse_unknown_keys
+from nemo_kd.nemo import cpu_backend
+from nemo_kd.nemo.hf_llama import MODEL_TYPES, nemo_config, to_megatron
+from nemo_kd.nemo.nemo_file import save_nemo
+from nemo_kd.nemo.trainer import build_trainer, drop_noise, initialize_model_parallel
+
+
+def load_source(source: Path) -> tuple[Any, Any]:
+    """Return the Hugging Face model (on the CPU, in its own dtype) and its tokenizer.
+
+    Raises:
+        ValueError: No such path, or not a model of the Llama family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if source.is_dir() and (source / "config.json").exists():
+        directory, file = source, {}
+    elif source.is_file() and source.suffix == ".gguf":
+        directory, file = source.parent, {"gguf_file": source.name}
+    else:
+        raise ValueError(
+            f"source: expected a Hugging Face directory with config.json or a .gguf file, "
+            f"found {source if source.exists() else f'no {source}'}"
+        )
+    config = AutoConfig.from_pretrained(directory, **file)
+    if config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"source: expected model_type {' or '.join(MODEL_TYPES)}, got {config.model_type}"
+        )
+    # The config in hand spares another reading of a GGUF file's metadata, which takes seconds.
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, torch_dtype="auto", **file
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory, **file)
+    return model, from_gguf(tokenizer, source) if file else tokenizer
+
+
+def from_gguf(tokenizer: Any, source: Path) -> Any:
+    """Return the tokenizer with the special tokens that the GGUF file itself names.
+
+    transformers 4.51 takes the end token from the field of the begin token, always prepends the
+    begin token, and would save the whole model file as tokenizer.model.
+    """
+    from gguf import GGUFReader
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(source).fields
+
+    def token(kind: str) -> str | None:
+        field = fields.get(f"tokenizer.ggml.{kind}_token_id")
+        return None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
+
+    backend = tokenizer.backend_tokenizer
+    add_bos = fields.get("tokenizer.ggml.add_bos_token")
+    if add_bos is not None and not add_bos.contents():
+        backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=token("bos"),
+        eos_token=token("eos"),
+        unk_token=token("unknown"),
+        pad_token=token("padding"),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def for_spec(name: str, names: set[str]) -> str:
+    """Return `name` as the built model has it: only Transformer Engine's fuses its norms."""
+    if name in names:
+        return name
+    return name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
+        "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+    )
+
+
+def import_hf_llama(config: DictConfig) -> None:
+    """Write `config.output` from `config.source`: see conf/import_hf_llama.yaml."""
+    refuse_unknown_keys(config, dict.fromkeys(("source", "output", "keep_layers")))
+    output = Path(config.output).absolute()
+    if output.suffix != ".nemo":
+        raise ValueError(f"output: expected a path that ends in .nemo, got {config.output}")
+    hf_model, tokenizer = load_source(Path(config.source))
+    num_layers = hf_model.config.num_hidden_layers
+    layers = list(range(num_layers)) if config.keep_layers is None else list(config.keep_layers)
+    if not layers or not all(0 <= layer < num_layers for layer in layers):
+        raise ValueError(
+            f"keep_layers: expected layers from 0 to {num_layers - 1}, got {list(layers)}"
+        )
+
+    tokenizer_directory = output.with_suffix(".tokenizer")
+    model_config = OmegaConf.create(
+        nemo_config(hf_model.config, str(tokenizer_directory), len(layers))
+    )
+    biased = [
+        name for name in hf_model.state_dict() if re.search(r"(o|gate|up|down)_proj.bias", name)
+    ]
+    if biased:
+        raise ValueError(f"source: expected biases on q, k and v alone, got {biased[0]}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tokenizer_directory, ignore_errors=True)
+    tokenizer.save_pretrained(tokenizer_directory)
+
+    on_gpu_machine = torch.cuda.is_available()
+    if not on_gpu_machine:
+        cpu_backend.enable()
+    cpu_backend.prepare_model_config(model_config)
+    # In the container the model is built on the CPU too, of Transformer Engine's layers.
+    model_config.transformer_engine = on_gpu_machine
+    run = OmegaConf.create(
+        {
+            "trainer": {"accelerator": "cpu", "devices": 1, "precision": 32, "logger": False},
+            "model": model_config,
+            "exp_manager": {"log_tflops_per_sec_per_gpu": False},
+        }
+    )
+
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+    trainer = build_trainer(run)
+    drop_noise()
+    initialize_model_parallel(trainer, model_config)
+    model = MegatronGPTSFTModel(model_config, trainer)
+    (module,) = model.get_model_module_list()
+    names = {name for name, _ in module.named_parameters()}
+    source = hf_model.state_dict()
+    if hf_model.config.tie_word_embeddings:
+        del source["lm_head.weight"]
+    num_groups = hf_model.config.num_key_value_heads
+    weights = {
+        for_spec(name, names): tensor
+        for name, tensor in to_megatron(source, num_groups, layers, model.padded_vocab_size)
+    }
+    if set(weights) != names:
+        raise ValueError(
+            f"source: its weights differ from NeMo's model in {sorted(set(weights) ^ names)}"
+        )
+    module.to(hf_model.dtype).load_state_dict(weights, strict=False)
+    cpu_backend.drop_overrides(model.cfg)
+    save_nemo(model, str(output))
+    print(
+        f"{output}: {len(layers)} of {num_layers} layers, "
+        f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M parameters, "
+        f"{hf_model.dtype}; tokenizer in {tokenizer_directory}"
+    )
