@@ -47,13 +47,9 @@ OBJECTIVES = {
     "reverse_kl, renormalize": KDLossConfig(
         tail="renormalize", sft_loss_weight=0, divergence="reverse_kl"
     ),
-    "reverse_kl, bucket": KDLossConfig(
-        tail="renormalize", sft_loss_weight=0, divergence="reverse_kl", tail="bucket"
-    ),
+    "reverse_kl, bucket": KDLossConfig(tail="bucket", sft_loss_weight=0, divergence="reverse_kl"),
     "jsd, renormalize": KDLossConfig(tail="renormalize", sft_loss_weight=0, divergence="jsd"),
-    "jsd, bucket": KDLossConfig(
-        tail="renormalize", sft_loss_weight=0, divergence="jsd", tail="bucket"
-    ),
+    "jsd, bucket": KDLossConfig(tail="bucket", sft_loss_weight=0, divergence="jsd"),
 }
 
 

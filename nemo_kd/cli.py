@@ -1,8 +1,12 @@
-"""nemo-kd: looks at a cache, checks it, and makes one of rows that another engine computed."""
+"""nemo-kd: runs the teacher and the student, looks at a cache, checks it, and imports one.
+
+`dump`, `train`, `import-hf` and `export-hf` call what the examples call, with the same keys.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import tarfile
@@ -23,13 +27,27 @@ from nemo_kd.cache.codec import codec_for
 from nemo_kd.cache.importing import read_samples
 from nemo_kd.cache.manifest import fingerprint_file
 
+CONF = Path(__file__).parent / "conf"
+# Command: its YAML in CONF, which also names the function; the module of nemo_kd.nemo; help.
+RUNS = {
+    "dump": ("dump_teacher_topk", "dump", "run the teacher once: a cache of its top-K"),
+    "train": ("train_kd_sft", "train", "train a student on a cache"),
+    "import-hf": ("import_hf_llama", "hf_import", "turn a Hugging Face checkpoint into a .nemo"),
+    "export-hf": ("export_hf_llama", "hf_export", "turn a .nemo into a Hugging Face checkpoint"),
+}
+
 # Kept mass is a mean over rows: some thousand samples give it to three digits, in seconds.
 _NUM_MASS_SAMPLES = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 1 for a fault or an error."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given and given[0] in RUNS:
+        # Hydra, not argparse, reads what follows, --help and --cfg job among it.
+        _run(given[0], given[1:])
+        return 0
+    arguments = _parser().parse_args(given)
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError) as error:
@@ -37,11 +55,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _run(command: str, overrides: list[str]) -> None:
+    """Call a run's function with its YAML and the overrides, as the example of its name does."""
+    import hydra
+    from omegaconf import DictConfig
+
+    from nemo_kd.process import user_errors
+
+    name, module, _ = RUNS[command]
+
+    @hydra.main(version_base=None, config_path=str(CONF), config_name=name)
+    def run(config: DictConfig) -> None:
+        with user_errors():
+            getattr(importlib.import_module(f"nemo_kd.nemo.{module}"), name)(config)
+
+    sys.argv = [f"nemo-kd {command}", *overrides]  # where Hydra looks for them
+    run()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nemo-kd", description="Look at, check and import a cache of teacher rows."
+        prog="nemo-kd",
+        description="Run the teacher and the student; look at, check and import a "
+        "cache of teacher rows.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (name, _, text) in RUNS.items():  # for --help; main never lets one come here
+        commands.add_parser(command, help=f"{text}; keys: {name}.yaml", add_help=False)
 
     inspect = commands.add_parser(
         "inspect",

@@ -224,7 +224,8 @@ def test_full_gather_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected logits_gather=topk .* got full"):
         vocab_parallel_linear_kd_sft_loss(
             hidden, weight, case.labels, case.log_probs, case.ids,
-            token_weights=token_weights, config=KDLossConfig(tail="renormalize", logits_gather="full"),
+            token_weights=token_weights,
+            config=KDLossConfig(tail="renormalize", logits_gather="full"),
         )  # fmt: skip
 
 
