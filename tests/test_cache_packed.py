@@ -239,7 +239,7 @@ def test_the_loss_cannot_tell(objective):
     codec = codec_for(manifest_of("top_k", "packed", vocab_size, k=k))
     arrays = codec.encode(ids.numpy(), log_probs.numpy(), tails.numpy())
     packed = [torch.from_numpy(array) for array in codec.decode(arrays, num_rows)]
-    config = KDLossConfig(tail="renormalize", sft_loss_weight=0.0, **OBJECTIVES[objective])
+    config = KDLossConfig(sft_loss_weight=0.0, **OBJECTIVES[objective])
 
     def loss_and_gradient(topk_ids, topk_log_probs, tail_log_probs):
         logits = student.clone().requires_grad_()
