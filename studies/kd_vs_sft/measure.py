@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from export_hf_llama import export_hf_llama
 from omegaconf import OmegaConf
 from sample_answers import prompt
 from tqdm import tqdm
 
 from nemo_kd.cache import Sample, TopKCache
+from nemo_kd.nemo.hf_export import export_hf_llama
 
 BATCH = 16
 BINS = 15
