@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from demo import PROMPT
-from import_hf_llama import load_source
 from steps import write
 from tqdm import tqdm
+
+from nemo_kd.nemo.hf_import import load_source
 
 BATCH = 32
 ANSWER = "{output}"
