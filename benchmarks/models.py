@@ -56,6 +56,8 @@ OBJECTIVES = {
 def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float], list[Any]]:
     """Seconds of the run on one shard and of the bare forward; and its rows before packing."""
     from nemo_kd.nemo import dump
+    from nemo_kd.teacher import run
+    from nemo_kd.teacher.forward import Teacher
 
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         config = compose(
@@ -76,7 +78,7 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
         )
     seconds = {"run": 0.0, "forward": 0.0}
     rows: list[Any] = []
-    fill_shard, teacher_rows, add = dump._fill_shard, dump._Teacher.rows, ShardWriter.add
+    fill_shard, teacher_rows, add = run._fill_shard, Teacher.rows, ShardWriter.add
 
     def timed_fill(*args: Any) -> Any:
         begin = time.perf_counter()
@@ -108,7 +110,7 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
         rows.append([torch.from_numpy(array.copy()) for array in row])
         add(self, tokens, loss_mask, context_length, *row)
 
-    dump._fill_shard, dump._Teacher.rows, ShardWriter.add = timed_fill, timed_rows, kept_add
+    run._fill_shard, Teacher.rows, ShardWriter.add = timed_fill, timed_rows, kept_add
     dump.dump_teacher_topk(config)
     return seconds, rows
 

@@ -33,7 +33,13 @@ def test_readme_shows_the_tree() -> None:
         if path.name != "__init__.py"
     }
     folders = {"nemo_kd/", "nemo_kd/cache/", "nemo_kd/loss/", "nemo_kd/nemo/"}
-    folders |= {"examples/", "examples/conf/", "examples/slurm/"}
+    folders |= {
+        "nemo_kd/teacher/",
+        "nemo_kd/student/",
+        "examples/",
+        "examples/conf/",
+        "examples/slurm/",
+    }
     assert shown - {"benchmarks/", "docs/", "studies/kd_vs_sft/", "tests/"} == python | folders
 
 
@@ -120,6 +126,18 @@ def test_a_file_imports_only_from_those_above_it() -> None:
                 assert other <= own, f"{path} imports {module}"
                 num_checked += 1
     assert num_checked > 50
+
+
+def test_the_student_never_meets_the_teacher() -> None:
+    for own, other in (("teacher", "student"), ("student", "teacher")):
+        for path in (ROOT / "nemo_kd" / own).glob("*.py"):
+            assert not any(name.startswith(f"nemo_kd.{other}") for name in imported_by(path)), path
+
+
+def test_only_hosts_read_megatrons_global_groups() -> None:
+    for path in (ROOT / "nemo_kd").rglob("*.py"):
+        if path.relative_to(ROOT / "nemo_kd").parts[0] not in HOSTS:
+            assert "parallel_state" not in path.read_text(), path
 
 
 @pytest.mark.parametrize(

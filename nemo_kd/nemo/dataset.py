@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_kd.cache import Sample, TopKCache
 from nemo_kd.loss import KDLossConfig
+from nemo_kd.student.rows import Rows, collate_rows
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -85,7 +86,7 @@ class GPTSFTKDDataset(GPTSFTDataset):
             "metadata": {key: example[key] for key in example if key not in Sample._fields},
             "token_count": len(tokens),
             "loss_mask": example["loss_mask"],
-            "rows": _Rows(
+            "rows": Rows(
                 torch.from_numpy(example["loss_mask"]).nonzero()[:, 0] - 1,
                 torch.from_numpy(example["topk_ids"]),
                 self._untempered(torch.from_numpy(example["topk_log_probs"])),
@@ -100,7 +101,7 @@ class GPTSFTKDDataset(GPTSFTDataset):
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
         processed: dict[str, Any] = super().collate_fn(batch)
         length = processed["tokens"].shape[1]
-        return processed | _collate_rows([[item["rows"]] for item in batch], length)
+        return processed | collate_rows([[item["rows"]] for item in batch], length)
 
     def _untempered(self, log_probs: Tensor) -> Tensor:
         """For renormalize, which tempers the teacher itself, log-probs at temperature 1.
@@ -255,7 +256,7 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
             processed["cu_seqlens_unpadded"] = unpadded
             processed["cu_seqlens_unpadded_argmin"] = unpadded.argmin(1, keepdim=True)
         length = processed["tokens"].shape[1]
-        return processed | _collate_rows([item["rows"] for item in batch], length)
+        return processed | collate_rows([item["rows"] for item in batch], length)
 
 
 class _Packs:
@@ -283,30 +284,6 @@ class _Packs:
         number = index + len(self) if index < 0 else index
         samples: list[int] = self._packed[self._ends[number] : self._ends[number + 1]].tolist()
         return samples
-
-
-class _Rows(NamedTuple):
-    """The teacher's rows of one sample, and where they stand in the collated sequence."""
-
-    positions: Tensor  # int64 [P]
-    topk_ids: Tensor  # [P, K]
-    topk_log_probs: Tensor  # [P, K]
-    tail_log_probs: Tensor  # [P]
-
-
-def _collate_rows(batch: list[list[_Rows]], length: int) -> dict[str, Tensor]:
-    """The rows of the samples in each sequence of a batch, in tensors [B, S, K] and [B, S]."""
-    num_entries = max(1, *(rows.topk_ids.shape[1] for packed in batch for rows in packed))
-    ids = torch.full((len(batch), length, num_entries), -1, dtype=torch.int32)
-    log_probs = torch.full((len(batch), length, num_entries), -torch.inf)
-    tails = torch.full((len(batch), length), -torch.inf)
-    for index, packed in enumerate(batch):
-        for rows in packed:
-            kept = rows.topk_ids.shape[1]
-            ids[index, rows.positions, :kept] = rows.topk_ids
-            log_probs[index, rows.positions, :kept] = rows.topk_log_probs
-            tails[index, rows.positions] = rows.tail_log_probs
-    return {"topk_ids": ids, "topk_log_probs": log_probs, "tail_log_probs": tails}
 
 
 def _samples_mapping(dataset: Any) -> OnlineSampleMapping | None:
