@@ -33,10 +33,11 @@ def standing_in(rank: int, size: int) -> Iterator[None]:
 
 def on_this_rank(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model and its batch, after the steps that NeMo's forward has before the model's."""
-    from nemo_kd.nemo.model import MegatronGPTSFTKDModel, _MeanTerms
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+    from nemo_kd.student.terms import MeanTerms
 
     model = object.__new__(MegatronGPTSFTKDModel)
-    model._terms = _MeanTerms()
+    model._terms = MeanTerms()
     batch = model.get_batch(iter([batch]), tuning=True)
     batch = {
         name: value if isinstance(value, torch.Tensor) else None for name, value in batch.items()
@@ -59,8 +60,9 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
 
     from nemo_kd.loss import KDLossConfig
     from nemo_kd.nemo import cpu_backend
-    from nemo_kd.nemo.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
+    from nemo_kd.nemo.dataset import GPTSFTKDDataset
     from nemo_kd.nemo.model import TEACHER_ROWS
+    from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
 
     cpu_backend.enable()
     tokenizer = AutoTokenizer(str(hf_student))
@@ -97,14 +99,16 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
                     positions = partitioned_indices(bounds[bounds >= 0], length, size, number)
                 for name in TEACHER_ROWS:
                     torch.testing.assert_close(
-                        model._teacher_rows[name], whole[name][:, positions], msg=name
+                        model._micro_batch.rows[name], whole[name][:, positions], msg=name
                     )
                 mask = whole["loss_mask"][:, positions]
-                torch.testing.assert_close(model._loss_mask, mask)
-                kept = model._teacher_rows["topk_ids"] >= 0
+                torch.testing.assert_close(model._micro_batch.loss_mask, mask)
+                kept = model._micro_batch.rows["topk_ids"] >= 0
                 torch.testing.assert_close(kept.any(-1), mask.bool(), msg="rows at their tokens")
                 assert (
-                    model._num_tokens == own["num_valid_tokens_in_ub"] == whole["loss_mask"].sum()
+                    model._micro_batch.num_tokens
+                    == own["num_valid_tokens_in_ub"]
+                    == whole["loss_mask"].sum()
                 )
                 seen.append(positions)
             assert sorted(torch.cat(seen).tolist()) == list(range(length)), "each token on one rank"

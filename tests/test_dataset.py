@@ -233,7 +233,7 @@ PACK_SIZE = 72
 
 
 def packed_dataset(cache: TopKCache, tokenizer: Any, **more: Any) -> Any:
-    from nemo_kd.nemo.dataset import GPTSFTKDPackedDataset
+    from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
 
     return GPTSFTKDPackedDataset(
         str(cache.path),
@@ -367,11 +367,11 @@ def test_an_end_token_inside_a_sample_does_not_end_it(
 def test_packs_follow_the_seed_and_read_lengths_alone(
     tmp_path: Path, tokenizer: Any, records: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_kd.nemo import dataset
+    from nemo_kd.nemo import packing
 
     cache = write_cache(tmp_path / "cache", nemo_dataset(tmp_path, records, tokenizer), tokenizer)
     np.testing.assert_array_equal(cache.num_tokens(), [len(sample.tokens) for sample in cache])
-    monkeypatch.setattr(dataset, "_SAMPLES_PER_PACKING", 5)
+    monkeypatch.setattr(packing, "_SAMPLES_PER_PACKING", 5)
     with monkeypatch.context() as patch:
         patch.setattr(TopKCache, "__getitem__", None)
         first, again, other = (

@@ -1,42 +1,53 @@
 """The student: NeMo's SFT model with the distillation loss in the place of its cross entropy."""
 
 import inspect
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
-from nemo_kd.nemo.dataset import GPTSFTKDDataset, GPTSFTKDPackedDataset
-from nemo_kd.nemo.resume import WholePassSampler
-from nemo_kd.process import shield_workers
+from nemo_kd.nemo.data import (
+    build_loader,
+    cache_dataset,
+    caches_of,
+    check_section,
+    training_blend,
+)
+from nemo_kd.nemo.summary import Consumed
+from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, MeanTerms, micro_batch_means, token_terms
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
-SFT_TERMS = ("sft_loss",)
-KD_TERMS = (
-    "kd_loss",
-    "sft_loss",
-    "teacher_topk_mass",
-    "student_topk_mass",
-    "teacher_entropy",
-    "top1_agreement",
-)
 SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
+
+
+@dataclass
+class MicroBatch:
+    """What travels beside the tensors that NeMo hands to the model, of one micro batch.
+
+    NeMo calls, for each micro batch and in this order: `get_batch`, which makes it;
+    `get_batch_on_this_context_parallel_rank`, which cuts it to this rank and adds mask and count;
+    the model's forward, where the loss takes the rows and leaves the terms; and `loss_func`, which
+    reads the terms. No other micro batch comes in between on the stage that has the loss.
+    """
+
+    rows: dict[str, Tensor]  # TEACHER_ROWS, [B, S, K] and [B, S]; empty for a jsonl
+    cu_seqlens: Tensor | None = None  # boundaries of its packed sequences, on the host
+    loss_mask: Tensor | None = None  # [B, S]
+    num_tokens: Tensor | None = None  # the ones of the whole mask, at least 1
+    token_terms: dict[str, Tensor] = field(default_factory=dict)  # [B, S] each
 
 
 class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
@@ -61,12 +72,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         super().__init__(cfg, trainer=trainer)
         self.consumed = Consumed()
         self._validating = False
-        self._teacher_rows: dict[str, Tensor] = {}  # of the micro batch in the forward pass
-        self._cu_seqlens: Tensor | None = None  # its packed sequences' boundaries, on the host
-        self._loss_mask = self._num_tokens = torch.empty(0)  # its mask [B, S] and the ones in it
-        self._token_terms: dict[str, Tensor] = {}  # its terms, [B, S] each
-        self._terms = _MeanTerms()  # of the global batch
-        self._validation_terms: defaultdict[int, _MeanTerms] = defaultdict(_MeanTerms)
+        self._micro_batch = MicroBatch(rows={})  # the one in the forward pass
+        self._terms = MeanTerms()  # of the global batch
+        self._validation_terms: defaultdict[int, MeanTerms] = defaultdict(MeanTerms)
 
     # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
     # output_layer and then compute_language_model_loss. A forward without labels would copy them.
@@ -95,7 +103,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         **more: Any,
     ) -> Any:
         """Where the loss computes the logits itself, pass on what it computes them from."""
-        if not self._teacher_rows:
+        if not self._micro_batch.rows:
             return forward(hidden, weight=weight, **more)
         return (hidden, layer.weight if weight is None else weight), None
 
@@ -106,29 +114,36 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
         With the output layer fused in, from (hidden, weight) the loss of the micro batch.
         """
-        if not self._teacher_rows:
+        micro_batch = self._micro_batch
+        if not micro_batch.rows:
             losses = cross_entropy(labels, logits)
-            self._token_terms = {"sft_loss": losses.detach()}
+            micro_batch.token_terms = {"sft_loss": losses.detach()}
             return losses
-        ids, log_probs, tails = (self._teacher_rows[name].transpose(0, 1) for name in TEACHER_ROWS)
-        self._teacher_rows = {}
+        ids, log_probs, tails = (micro_batch.rows[name].transpose(0, 1) for name in TEACHER_ROWS)
+        # Taken: the rows' memory is free after the loss, and no later forward pass may find them.
+        micro_batch.rows = {}
         rows = (labels.transpose(0, 1), log_probs, ids, tails)
         tp_group = parallel_state.get_tensor_model_parallel_group()
         fused = isinstance(logits, tuple)
         if fused:
             out = self._fused_loss(*logits, rows, tp_group)
         else:
+            # In place: nothing reads the logits after the loss, so that their memory becomes the
+            # gradient's and no second tensor of their size is needed.
             out = vocab_parallel_kd_sft_loss(
                 logits, *rows, config=self.kd_config, tp_group=tp_group, inplace=True
             )
-        terms = {"kd_loss": out.kd_loss, "sft_loss": out.sft_loss, **out.metrics}
-        self._token_terms = {name: term.transpose(0, 1) for name, term in terms.items()}
+        micro_batch.token_terms = {
+            name: term.transpose(0, 1) for name, term in token_terms(out).items()
+        }
         if fused and not self._validating:
             return out.loss
         losses = out.sft_loss if self._validating else out.loss
         return losses.transpose(0, 1).contiguous()
 
     def _fused_loss(self, hidden: Tensor, weight: Tensor, rows: Any, tp_group: Any) -> Any:
+        micro_batch = self._micro_batch
+        weights = micro_batch.loss_mask.transpose(0, 1).float() / micro_batch.num_tokens
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # as it would have cast the output layer's input
             hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -137,7 +152,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 hidden,
                 weight,
                 *rows,
-                token_weights=self._loss_mask.transpose(0, 1).float() / self._num_tokens,
+                token_weights=weights,
                 config=self.kd_config,
                 tp_group=tp_group,
                 sequence_parallel=self.transformer_config.sequence_parallel,
@@ -147,117 +162,51 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     # NeMo's list of the keys that a pipeline stage needs.
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
-        caches = [path for path in data_cfg.file_names if os.path.isdir(path)]
-        if is_train and len(caches) < len(data_cfg.file_names):
-            raise ValueError(
-                f"model.data.train_ds.file_names: expected cache directories, got "
-                f"{list(data_cfg.file_names)}; write them with examples/dump_teacher_topk.py"
-            )
-        section = f"model.data.{'train_ds' if is_train else 'validation_ds'}"
-        if data_cfg.get("packed_sequence", False) and data_cfg.micro_batch_size != 1:
-            raise ValueError(
-                f"expected {section}.micro_batch_size=1 with packed_sequence=true, a pack being "
-                f"the micro batch, got {data_cfg.micro_batch_size}"
-            )
-        context_size = self.cfg.get("context_parallel_size", 1)
-        num_slices = 2 * context_size if context_size > 1 else 1
-        if self.cfg.get("sequence_parallel", False):
-            num_slices *= self.cfg.tensor_model_parallel_size
-        if data_cfg.max_seq_length % num_slices:
-            raise ValueError(
-                f"expected {section}.max_seq_length divisible by {num_slices}, the slices of a "
-                f"sequence in context and sequence parallelism, got {data_cfg.max_seq_length}"
-            )
-        if caches and not is_train:
-            metric = data_cfg.get("metric", {}).get("name", "exact_string_match")
-            writes = data_cfg.get("write_predictions_to_file", False)
-            if metric != "loss" or writes:
-                raise ValueError(
-                    f"{caches[0]}: a validation cache has no texts to generate from: expected "
-                    f"metric.name=loss and write_predictions_to_file=false, got {metric} and "
-                    f"{str(writes).lower()}; give the jsonl instead"
-                )
-        with self._caches_for_jsonl():
-            return super()._build_dataset(data_cfg, is_train)
-
-    @contextmanager
-    def _caches_for_jsonl(self) -> Iterator[None]:
-        """While it lasts, NeMo's _build_dataset makes a dataset of ours of a directory."""
-
-        def dataset_for(nemo_class: type, own_class: Callable[..., Any]) -> Callable[..., Any]:
-            def build(file_path: str, **settings: Any) -> Any:
-                if os.path.isdir(file_path):
-                    return own_class(file_path, kd_config=self.kd_config, **settings)
-                return nemo_class(file_path=file_path, **settings)
-
-            return build
-
-        own_classes = {
-            "GPTSFTDataset": GPTSFTKDDataset,
-            "GPTSFTChatDataset": GPTSFTKDDataset,
-            "GPTSFTPackedDataset": partial(
-                GPTSFTKDPackedDataset,
-                context_parallel_size=self.cfg.get("context_parallel_size", 1),
-            ),
-        }
-        classes = {
-            name: dataset_for(getattr(megatron_gpt_sft_model, name), own_class)
-            for name, own_class in own_classes.items()
-        }
-        with patch.multiple(megatron_gpt_sft_model, **classes):
-            yield
+        check_section(data_cfg, self.cfg, is_train)
+        rest = (data_cfg, self.cfg, self.tokenizer, self.kd_config)
+        if is_train:
+            return training_blend(*rest, max_steps=self.trainer.max_steps)
+        datasets = []
+        for path in data_cfg.file_names:
+            if path in caches_of(data_cfg):
+                datasets.append(cache_dataset(path, *rest))
+            else:  # a jsonl, which NeMo builds by itself
+                alone = OmegaConf.merge(data_cfg, {"file_names": [path]})
+                datasets += super()._build_dataset(alone, is_train=False)
+        return datasets
 
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
     ) -> Any:
-        sampler = "MegatronPretrainingBatchSampler"
-        with patch.object(megatron_gpt_sft_model, sampler, WholePassSampler):
-            loader = super().build_data_loader(dataset, data_cfg, consumed_samples)
-        shield_workers(loader)
-        return loader
+        return build_loader(dataset, data_cfg, consumed_samples)
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)
-        self._teacher_rows = {name: batch[name] for name in TEACHER_ROWS if name in batch}
-        self._cu_seqlens = batch.get("cu_seqlens")
-        self._terms.names = KD_TERMS if self._teacher_rows else SFT_TERMS
+        rows = {name: batch[name] for name in TEACHER_ROWS if name in batch}
+        self._micro_batch = MicroBatch(rows, cu_seqlens=batch.get("cu_seqlens"))
+        self._terms.names = KD_TERMS if rows else SFT_TERMS
         return {name: value for name, value in batch.items() if name not in TEACHER_ROWS}
 
     def get_batch_on_this_context_parallel_rank(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = {}
+        micro_batch, rows = self._micro_batch, {}
         if parallel_state.is_pipeline_last_stage():
             device = batch["labels"].device
             rows = {
                 name: value.to(device, non_blocking=True)
-                for name, value in self._teacher_rows.items()
+                for name, value in micro_batch.rows.items()
             }
+        # NeMo slices every tensor of the batch along the sequence: the rows go with the tokens.
         batch = super().get_batch_on_this_context_parallel_rank(batch | rows)
-        self._teacher_rows = {name: batch.pop(name) for name in rows}
+        micro_batch.rows = {name: batch.pop(name) for name in rows}
         if rows:
-            self._loss_mask = batch["loss_mask"]
+            micro_batch.loss_mask = batch["loss_mask"]
             if (
-                self._cu_seqlens is not None
+                micro_batch.cu_seqlens is not None
                 and parallel_state.get_context_parallel_world_size() > 1
             ):
-                self._slice_packed_rows(self._cu_seqlens[0])
-            self._num_tokens = batch["num_valid_tokens_in_ub"].clamp(min=1)
+                slice_packed_rows(micro_batch)
+            micro_batch.num_tokens = batch["num_valid_tokens_in_ub"].clamp(min=1)
         return batch
-
-    def _slice_packed_rows(self, cu_seqlens: Tensor) -> None:
-        """Take this rank's part of each packed sequence, as NeMo does with its keys afterwards."""
-        import transformer_engine_torch  # NeMo asks for it there as well
-
-        cu_seqlens = cu_seqlens[: int(cu_seqlens.argmin())]  # on the host: the rest is padding
-        index = transformer_engine_torch.thd_get_partitioned_indices(
-            cu_seqlens.to(self._loss_mask.device, non_blocking=True),
-            self._loss_mask.shape[1],
-            parallel_state.get_context_parallel_world_size(),
-            parallel_state.get_context_parallel_rank(),
-        )
-        self._loss_mask = self._loss_mask.index_select(1, index)
-        self._teacher_rows = {
-            name: value.index_select(1, index) for name, value in self._teacher_rows.items()
-        }
 
     # Loss: NeMo's reduction, and the terms beside it.
 
@@ -266,10 +215,13 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     ) -> Tensor:
         # NeMo divides by the number itself: 0 / 0 for a micro batch without supervised tokens.
         num_tokens = num_valid_tokens_in_ub.clamp(min=1)
-        terms = torch.stack([self._token_terms[name] for name in self._terms.names])
-        means = terms.flatten(1) @ loss_mask.flatten().to(terms.dtype) / num_tokens
-        if parallel_state.get_context_parallel_world_size() > 1:
-            torch.distributed.all_reduce(means, group=parallel_state.get_context_parallel_group())
+        context_size = parallel_state.get_context_parallel_world_size()
+        means = micro_batch_means(
+            [self._micro_batch.token_terms[name] for name in self._terms.names],
+            loss_mask,
+            num_tokens,
+            parallel_state.get_context_parallel_group() if context_size > 1 else None,
+        )
         weight = torch.ones_like(num_tokens)
         if self._validating and not self.validation_drop_last:
             weight = num_valid_tokens_in_ub
@@ -279,7 +231,6 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if output_tensor.dim() == 0:  # the fused loss is the micro batch's already
             loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
-        context_size = parallel_state.get_context_parallel_world_size()
         if context_size > 1 and loss.requires_grad and schedule_multiplies_by_context_size():
             # NeMo multiplies what is returned here by the CP size, which the mean of the gradients
             # over DP x CP takes back; the schedule multiplies it once more.
@@ -295,13 +246,13 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self, dataloader_iter: Any, forward_only: bool, first_val_step: bool | None = None
     ) -> Any:
         self._validating = forward_only
-        self._terms = _MeanTerms()
+        self._terms = MeanTerms()
         # The trainer's step is restored with a checkpoint, and moves on after all micro batches.
         self.kd_config = self.distillation.at(self.trainer.global_step)
         loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if not forward_only:
             scheduled = {name: getattr(self.kd_config, name) for name in SCHEDULED}
-            for name, value in (self._terms.means() | scheduled).items():
+            for name, value in (means_on_every_rank(self._terms) | scheduled).items():
                 shown = name in ("kd_loss", "sft_loss")
                 self.log(name, value, prog_bar=shown, rank_zero_only=True, batch_size=1)
         return loss
@@ -315,34 +266,45 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
         for index in sorted(self._validation_terms):
-            for name, value in self._validation_terms[index].means().items():
+            for name, value in means_on_every_rank(self._validation_terms[index]).items():
                 key = self._determine_log_key(data_cfg, index, name, mode)
                 self.log(key, value, rank_zero_only=True, batch_size=1)
         self._validation_terms.clear()
         return super().inference_epoch_end(outputs, mode, data_cfg)
 
 
-class Consumed:
-    """What this process has trained on: counted on the host, as its batches come."""
+def slice_packed_rows(micro_batch: MicroBatch) -> None:
+    """Cut a micro batch's mask and rows to this rank's part of each packed sequence, in place.
 
-    names = ("samples", "tokens", "supervised_tokens")
+    NeMo does the same with its own keys afterwards.
+    """
+    import transformer_engine_torch  # NeMo asks for it there as well
 
-    def __init__(self) -> None:
-        self._counts = torch.zeros(len(self.names), dtype=torch.int64)
+    bounds = micro_batch.cu_seqlens[0]
+    bounds = bounds[: int(bounds.argmin())]  # on the host: the rest is padding
+    index = transformer_engine_torch.thd_get_partitioned_indices(
+        bounds.to(micro_batch.loss_mask.device, non_blocking=True),
+        micro_batch.loss_mask.shape[1],
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    micro_batch.loss_mask = micro_batch.loss_mask.index_select(1, index)
+    micro_batch.rows = {
+        name: value.index_select(1, index) for name, value in micro_batch.rows.items()
+    }
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Count a batch of NeMo's collate_fn, this replica's share of a global batch."""
-        lengths = batch["token_count"]  # without padding
-        self._counts += torch.tensor([len(lengths), sum(lengths), int(batch["loss_mask"].sum())])
 
-    def totals(self) -> dict[str, int]:
-        """The sums over the student's replicas, on every rank.
-
-        Ranks of one replica (tensor, pipeline and context parallel) had the same batches.
-        """
-        counts = self._counts.to(torch.cuda.current_device())
-        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        return dict(zip(self.names, counts.tolist(), strict=True))
+def means_on_every_rank(terms: MeanTerms) -> dict[str, Tensor]:
+    """The means of a step or a validation set over all replicas, in Megatron's groups."""
+    has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
+    return terms.means(
+        parallel_state.get_data_parallel_group(),
+        device=torch.cuda.current_device(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group() if has_stages else None,
+        last_stage_rank=(
+            parallel_state.get_pipeline_model_parallel_last_rank() if has_stages else None
+        ),
+    )
 
 
 @cache
@@ -353,37 +315,3 @@ def schedule_multiplies_by_context_size() -> bool:
     argument or attribute tells, and a version number would have to be guessed for other releases.
     """
     return "output_tensor *=" in inspect.getsource(schedules.forward_step)
-
-
-class _MeanTerms:
-    """Weighted means of named scalars over micro batches, then over ranks."""
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self._sums: list[Tensor] = []  # each [len(names) + 1]: weight * term, and the weight
-
-    def add(self, terms: Tensor, weight: Tensor) -> None:
-        self._sums.append(torch.cat([weight * terms, weight.to(terms.dtype).view(1)]))
-
-    def extend(self, other: "_MeanTerms") -> None:
-        self.names = other.names
-        self._sums += other._sums
-
-    def means(self) -> dict[str, Tensor]:
-        """The means, on every rank: the last pipeline stages have them and tell the others."""
-        if parallel_state.is_pipeline_last_stage():
-            sums = torch.stack(self._sums).sum(0)
-            torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        else:
-            sums = torch.empty(len(self.names) + 1, device=torch.cuda.current_device())
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast(
-                sums,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        *totals, weight = sums.unbind()
-        return {
-            name: total / weight.clamp(min=1)
-            for name, total in zip(self.names, totals, strict=True)
-        }

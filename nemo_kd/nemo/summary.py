@@ -4,7 +4,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
+from megatron.core import parallel_state
 
 TRAINED = ("reduced_train_loss", "kd_loss", "sft_loss", "top1_agreement")
 
@@ -66,6 +68,29 @@ class ClosingSummary(Callback):
         }
         lines += [f"{name}: {path}" for name, path in paths.items() if path]
         return "\n  ".join(lines)
+
+
+class Consumed:
+    """What this process has trained on: counted on the host, as its batches come."""
+
+    names = ("samples", "tokens", "supervised_tokens")
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(len(self.names), dtype=torch.int64)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Count a batch of NeMo's collate_fn, this replica's share of a global batch."""
+        lengths = batch["token_count"]  # without padding
+        self._counts += torch.tensor([len(lengths), sum(lengths), int(batch["loss_mask"].sum())])
+
+    def totals(self) -> dict[str, int]:
+        """The sums over the student's replicas, on every rank.
+
+        Ranks of one replica (tensor, pipeline and context parallel) had the same batches.
+        """
+        counts = self._counts.to(torch.cuda.current_device())
+        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 def _on_disk(checkpoint: str) -> str:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nemo_kd.cache import Sample
+from nemo_kd.loss import KDLossConfig
+
 
 class Rows(NamedTuple):
     """The teacher's rows of one sample, and where they stand in the collated sequence."""
@@ -13,6 +16,33 @@ class Rows(NamedTuple):
     topk_ids: Tensor  # [P, K]
     topk_log_probs: Tensor  # [P, K]
     tail_log_probs: Tensor  # [P]
+
+
+def sample_rows(sample: Sample, config: KDLossConfig, dumped_at: float) -> Rows:
+    """The rows of a cache's sample: the row for token t stands at t - 1, which predicts t.
+
+    Args:
+        config: the objective that the rows are for.
+        dumped_at: the temperature of the cache's log-probs.
+    """
+    return Rows(
+        torch.from_numpy(sample.loss_mask).nonzero()[:, 0] - 1,
+        torch.from_numpy(sample.topk_ids),
+        _untempered(torch.from_numpy(sample.topk_log_probs), config, dumped_at),
+        torch.from_numpy(sample.tail_log_probs),
+    )
+
+
+def _untempered(log_probs: Tensor, config: KDLossConfig, dumped_at: float) -> Tensor:
+    """For tail renormalize, which tempers the teacher itself, log-probs at temperature 1.
+
+    log p = dumped_at * (log p at dumped_at) + a constant of the row, which the softmax over the
+    entries cancels; the constant chosen here keeps the row's stored mass.
+    """
+    if config.tail != "renormalize" or dumped_at == 1:
+        return log_probs
+    scaled = log_probs * dumped_at
+    return scaled + log_probs.logsumexp(-1, True) - scaled.logsumexp(-1, True)
 
 
 def collate_rows(batch: list[list[Rows]], length: int) -> dict[str, Tensor]:

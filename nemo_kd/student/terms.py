@@ -1,0 +1,94 @@
+"""What is logged of a step beside the loss: the terms of each token, and their means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_kd.loss import KDLossOutput
+
+SFT_TERMS = ("sft_loss",)
+KD_TERMS = (
+    "kd_loss",
+    "sft_loss",
+    "teacher_topk_mass",
+    "student_topk_mass",
+    "teacher_entropy",
+    "top1_agreement",
+)
+
+
+def token_terms(out: KDLossOutput) -> dict[str, Tensor]:
+    """The terms of KD_TERMS, one value a token, in the shape of the loss's labels."""
+    return {"kd_loss": out.kd_loss, "sft_loss": out.sft_loss, **out.metrics}
+
+
+def micro_batch_means(
+    terms: list[Tensor],
+    loss_mask: Tensor,
+    num_tokens: Tensor,
+    context_group: ProcessGroup | None,
+) -> Tensor:
+    """The mean of each term over the micro batch's supervised tokens, `[len(terms)]`.
+
+    Args:
+        terms: `[B, S]` each, of this context-parallel rank's part of the sequence.
+        loss_mask: `[B, S]`, of the same part.
+        num_tokens: the supervised tokens of the whole micro batch, at least 1.
+        context_group: the ranks that share the sequence; None if it is whole.
+    """
+    stacked = torch.stack(terms)
+    means = stacked.flatten(1) @ loss_mask.flatten().to(stacked.dtype) / num_tokens
+    if context_group is not None:
+        # Each rank has summed its own part of the sequence.
+        torch.distributed.all_reduce(means, group=context_group)
+    return means
+
+
+class MeanTerms:
+    """Weighted means of named terms over micro batches, and then over ranks."""
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+        self._sums: list[Tensor] = []  # each [len(names) + 1]: weight * term, and the weight
+
+    def add(self, terms: Tensor, weight: Tensor) -> None:
+        """Add one micro batch's means `[len(names)]`, which count `weight` times."""
+        self._sums.append(torch.cat([weight * terms, weight.to(terms.dtype).view(1)]))
+
+    def extend(self, other: MeanTerms) -> None:
+        """Add what `other` has, of the same names."""
+        self.names = other.names
+        self._sums += other._sums
+
+    def means(
+        self,
+        data_group: ProcessGroup,
+        *,
+        device: torch.device | int,
+        pipeline_group: ProcessGroup | None = None,
+        last_stage_rank: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The means over the replicas' micro batches, on every rank; a collective of all ranks.
+
+        Args:
+            data_group: the ranks of this pipeline stage in all replicas.
+            device: where the ranks without terms receive them.
+            pipeline_group: the stages of this replica; None if there is one stage.
+            last_stage_rank: the global rank of the last stage, the only one that has terms.
+        """
+        has_terms = last_stage_rank is None or torch.distributed.get_rank() == last_stage_rank
+        if has_terms:
+            sums = torch.stack(self._sums).sum(0)
+            torch.distributed.all_reduce(sums, group=data_group)
+        else:
+            sums = torch.empty(len(self.names) + 1, device=device)
+        if pipeline_group is not None:
+            # The other stages log too, and a checkpoint's name needs the value on every rank.
+            torch.distributed.broadcast(sums, src=last_stage_rank, group=pipeline_group)
+        *totals, weight = sums.unbind()
+        return {
+            name: total / weight.clamp(min=1)
+            for name, total in zip(self.names, totals, strict=True)
+        }
