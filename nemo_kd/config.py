@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, get_args
 
@@ -197,7 +197,7 @@ def read_settings(
         ValueError: A key that `cls` lacks, a value of another type, or one out of its range.
     """
     values = _plain(section)
-    refuse_unknown_keys(values, dict.fromkeys(field.name for field in fields(cls)), where)
+    refuse_unknown_keys(values, [field.name for field in fields(cls)], where)
     for field in fields(cls):
         default, value = field.default, values.get(field.name, field.default)
         if isinstance(value, Mapping) and Schedule in get_args(field.type):
@@ -217,30 +217,21 @@ def read_settings(
         raise ValueError(f"{where}: {error}") from error
 
 
-def refuse_unknown_keys(
-    section: Mapping[str, Any], known: Mapping[str, Any], where: str = ""
-) -> None:
-    """Refuse the first key of `section` that is not `known`, and name the nearest that is.
+def refuse_unknown_keys(section: Iterable[Any], known: Iterable[str], where: str = "") -> None:
+    """Refuse the first key of one section that is not `known`, and name the nearest that is.
 
-    Args:
-        section: Part of the YAML, with its own sections.
-        known: Its keys. Where both have a mapping, its keys are checked in turn; any other value
-            of `known` says that the key is read, whatever is in it.
-        where: The section's path in the YAML, for the error; empty for the whole.
+    Hydra refuses a misspelt key by itself, but not one that `+` or a preset adds.
 
     Raises:
         ValueError: There is such a key.
     """
+    known = list(known)
+    prefix = f"{where}." if where else ""
     for key in section:
-        path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), map(str, known), n=1)
-            hint = f"; did you mean {path.removesuffix(str(key))}{near[0]}?" if near else ""
-            raise ValueError(f"{path} is a key that nothing reads{hint}")
-        if isinstance(known[key], Mapping):
-            value = section[key]
-            if isinstance(value, Mapping):
-                refuse_unknown_keys(value, known[key], path)
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"{prefix}{key} is a key that nothing reads{hint}")
 
 
 def _plain(section: Any) -> dict[str, Any]:

@@ -293,9 +293,9 @@ BAD = {
     "no student": (["model.restore_from_path=nowhere.nemo"], "found no nowhere.nemo"),
     "no GPU": (["trainer.accelerator=gpu"], "torch sees no CUDA device"),
     "misspelt key": (["model.optim.learning_rate=1"], "learning_rate"),
-    "misspelt key of NeMo's with +": (
-        ["+exp_manager.ema.dekay=1"],
-        "did you mean exp_manager.ema.decay?",
+    "misspelt key of Lightning's with +": (
+        ["+trainer.max_stepz=1"],
+        "'max_stepz'; Lightning's Trainer has no such key",
     ),
     "a batch that does not divide": (
         ["model.data.validation_ds.micro_batch_size=3"],

@@ -14,7 +14,6 @@ from nemo_kd.cache import CacheWriter, Manifest
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.dataset import tokenizer_fingerprint
-from nemo_kd.nemo.known_keys import model_keys, trainer_keys
 from nemo_kd.nemo.layout import check_layout, check_sequence_length
 from nemo_kd.nemo.nemo_file import read_model_config
 from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
@@ -43,7 +42,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
             cache held stays.
     """
     teacher = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
-    data, selection, cache = check_settings(config, teacher)
+    data, selection, cache = check_settings(config)
     prepare_accelerator(config)
     teacher_config = _merge_teacher_config(config, teacher, data)
     run = OmegaConf.create(
@@ -119,26 +118,13 @@ def dump_teacher_topk(config: DictConfig) -> None:
         print(f"{writer.path}: {state if missing else 'the cache is whole'}")
 
 
-def check_settings(
-    config: DictConfig, teacher: DictConfig
-) -> tuple[DataConfig, SelectionConfig, CacheConfig]:
-    """Read the sections that are this package's own, and refuse keys that nothing reads.
-
-    Args:
-        config: The run's, as it was given.
-        teacher: The config inside the teacher's .nemo.
+def check_settings(config: DictConfig) -> tuple[DataConfig, SelectionConfig, CacheConfig]:
+    """Read the sections that are this package's own.
 
     Raises:
-        ValueError: There is such a key, or a setting does not fit.
+        ValueError: There is a key that nothing reads, or a setting does not fit.
     """
-    known = {
-        "teacher": model_keys(teacher) | {"restore_from_path": None},
-        "trainer": trainer_keys(),
-        "data": None,  # the three check their own
-        "selection": None,
-        "cache": None,
-    }
-    refuse_unknown_keys(config, known)
+    refuse_unknown_keys(config, ("teacher", "data", "selection", "cache", "trainer"))
     return (
         read_settings(DataConfig, config.data, "data"),
         read_settings(SelectionConfig, config.selection, "selection"),

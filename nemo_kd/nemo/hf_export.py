@@ -80,7 +80,7 @@ def export_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/export_hf_llama.yaml."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    refuse_unknown_keys(config, dict.fromkeys(("source", "output", "dtype")))
+    refuse_unknown_keys(config, ("source", "output", "dtype"))
     output = Path(config.output).absolute()
     if output.exists():
         raise ValueError(f"output: expected a new directory, but {config.output} exists")

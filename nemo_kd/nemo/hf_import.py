@@ -89,7 +89,7 @@ def for_spec(name: str, names: set[str]) -> str:
 
 def import_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/import_hf_llama.yaml."""
-    refuse_unknown_keys(config, dict.fromkeys(("source", "output", "keep_layers")))
+    refuse_unknown_keys(config, ("source", "output", "keep_layers"))
     output = Path(config.output).absolute()
     if output.suffix != ".nemo":
         raise ValueError(f"output: expected a path that ends in .nemo, got {config.output}")

@@ -10,33 +10,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.known_keys import exp_manager_keys, model_keys, optim_keys, trainer_keys
 from nemo_kd.nemo.layout import check_layout, check_sequence_length
 from nemo_kd.nemo.nemo_file import read_model_config, save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
 from nemo_kd.process import exit_stopped
 
-CONFIG_FILE = Path(__file__).parents[1] / "conf" / "train_kd_sft.yaml"
 
-
-def check_settings(config: DictConfig, student: DictConfig) -> None:
-    """Check the objective, and refuse keys of a preset or a + override that nothing reads.
-
-    Args:
-        config: The run's, as it was given.
-        student: The config inside the student's .nemo.
+def check_settings(config: DictConfig) -> None:
+    """Check the objective, the optimizer and the logger before anything is read.
 
     Raises:
-        ValueError: There is such a key, or the objective has no meaning.
+        ValueError: There is a key that nothing reads, or a setting that has no meaning.
     """
-    known: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_FILE))
-    del known["defaults"], known["hydra"]  # read by Hydra before
-    known["trainer"] = trainer_keys()
-    known["exp_manager"] = exp_manager_keys()
-    known["model"] = model_keys(student) | known["model"]
-    known["model"]["optim"] = optim_keys(config.model.optim)
-    known["model"]["knowledge_distillation"] = None  # a value of it may be a schedule
-    refuse_unknown_keys(config, known)
+    refuse_unknown_keys(config, ("name", "save_to", "trainer", "exp_manager", "model"))
+    check_optimizer(config.model.optim)
     objective = config.model.get("knowledge_distillation", {})
     read_settings(DistillationConfig, objective, "model.knowledge_distillation")
     if config.model.peft.peft_scheme is not None and "distributed" in config.model.optim.name:
@@ -50,6 +37,27 @@ def check_settings(config: DictConfig, student: DictConfig) -> None:
             "exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb, or "
             "set it to false"
         )
+
+
+def check_optimizer(optim: DictConfig) -> None:
+    """Refuse an optimizer or a schedule that NeMo does not have.
+
+    NeMo looks for them after it has read the weights.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    schedule = (optim.get("sched") or {}).get("name")
+    for key, name, known in (
+        ("name", optim.get("name"), {*AVAILABLE_OPTIMIZERS, *cpu_backend.GPU_OPTIMIZERS}),
+        ("sched.name", schedule, {*AVAILABLE_SCHEDULERS, None}),
+    ):
+        if name not in known:
+            choices = ", ".join(sorted(filter(None, known)))
+            raise ValueError(f"model.optim.{key}: expected one of {choices}; got {name!r}")
 
 
 def check_batches(model: DictConfig, num_processes: int) -> None:
@@ -105,7 +113,7 @@ def train_kd_sft(config: DictConfig) -> None:
         ValueError: A setting, the student or a cache does not fit.
     """
     student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
-    check_settings(config, student)  # before a CPU takes the place of what it cannot do
+    check_settings(config)  # before a CPU takes the place of what it cannot do
     prepare_accelerator(config)
     validates = config.trainer.max_steps == 0
     if validates and config.exp_manager is not None:

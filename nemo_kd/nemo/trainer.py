@@ -1,4 +1,4 @@
-"""From a Hydra config to a running NeMo: trainer, process groups, errors that a user can read.
+"""From a Hydra config to a running NeMo: the trainer and the process groups.
 
 The trainer is the one that NeMo's own fine-tuning script builds; on the CPU backend it differs in
 the process group's backend alone.
@@ -56,6 +56,9 @@ def build_trainer(config: DictConfig) -> Any:
     Args:
         config: Has `trainer` (Lightning's arguments), `model` (NeMo reads a few keys of it for the
             strategy and the plugins) and `exp_manager` (or None).
+
+    Raises:
+        ValueError: Lightning's Trainer has no argument of the name of a key of `trainer`.
     """
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
     from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
@@ -72,7 +75,12 @@ def build_trainer(config: DictConfig) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cpu = config.trainer.accelerator == "cpu"
     builder = GlooTrainerBuilder if on_cpu else MegatronLMPPTrainerBuilder
-    return builder(config).create_trainer()
+    try:
+        return builder(config).create_trainer()
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"trainer: {error}; Lightning's Trainer has no such key") from error
 
 
 def initialize_model_parallel(trainer: Any, model_config: DictConfig) -> None:
