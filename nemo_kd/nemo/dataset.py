@@ -64,7 +64,7 @@ class GPTSFTKDDataset(GPTSFTDataset):
     def _maybe_validate_prompt_template(self) -> None:
         """The tokens are there already."""
 
-    def _buildsamples_mapping(self) -> None:
+    def _build_samples_mapping(self) -> None:
         # NeMo builds the same mapping, but leaves its seed at 1 whatever data.train_ds.seed is.
         self.samples_mapping = samples_mapping(self)
 

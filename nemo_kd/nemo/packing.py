@@ -72,7 +72,7 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
     def _maybe_validate_prompt_template(self) -> None:
         """The tokens are there already."""
 
-    def _buildsamples_mapping(self) -> None:
+    def _build_samples_mapping(self) -> None:
         self.samples_mapping = samples_mapping(self)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
