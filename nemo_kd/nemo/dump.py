@@ -41,23 +41,11 @@ def dump_teacher_topk(config: DictConfig) -> None:
         ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
             cache held stays.
     """
-    teacher = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
+    stored = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
     data, selection, cache = check_settings(config)
     prepare_accelerator(config)
-    teacher_config = _merge_teacher_config(config, teacher, data)
-    run = OmegaConf.create(
-        {
-            "trainer": config.trainer,
-            "model": teacher_config,
-            "exp_manager": {"log_tflops_per_sec_per_gpu": False},
-        }
-    )
-    trainer = build_trainer(run)
-    num_replicas = check_layout(teacher_config, trainer.world_size, "teacher")
-    check_sequence_length(teacher_config, "teacher", data.max_seq_length, "data.max_seq_length")
-    with open_dict(teacher_config):  # NeMo's count of micro batches; this run does not use it
-        teacher_config.global_batch_size = data.micro_batch_size * num_replicas
-    initialize_model_parallel(trainer, teacher_config)
+    teacher = _merge_teacher_config(config, stored, data)
+    trainer = _start_megatron(config, teacher, data)
     # gloo, whose time-out is this job's own: NCCL's is shorter than a long file takes to read, or
     # than the wait for a shard that another job holds.
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
@@ -65,11 +53,9 @@ def dump_teacher_topk(config: DictConfig) -> None:
     sources = _on_rank_zero(
         lambda: [check_source(path, data) for path in data.file_names], everyone
     )
-    teacher_fingerprint = _on_rank_zero(lambda: fingerprint_teacher(config), everyone)
+    fingerprint = _on_rank_zero(lambda: fingerprint_teacher(config), everyone)
     model = MegatronGPTSFTModel.restore_from(
-        config.teacher.restore_from_path,
-        override_config_path=teacher_config,
-        trainer=trainer,
+        config.teacher.restore_from_path, override_config_path=teacher, trainer=trainer
     )
     if selection.kind != "sample" and selection.k > model.tokenizer.vocab_size:
         raise ValueError(
@@ -82,7 +68,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
         codec=cache.codec,
         vocab_size=model.tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
-        teacher_fingerprint=teacher_fingerprint,
+        teacher_fingerprint=fingerprint,
         sources=tuple(sources),
         dataset={
             name: value for name, value in asdict(data).items() if name not in _NOT_IN_MANIFEST
@@ -91,10 +77,48 @@ def dump_teacher_topk(config: DictConfig) -> None:
         samples_per_shard=cache.samples_per_shard,
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
+    # Rank 0 creates the cache or refuses it, before any other rank looks into it.
     writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
-    group = parallel_state.get_model_parallel_group()
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    replica = Replica(group, parallel_state.is_pipeline_last_stage() and tensor_rank == 0)
+    replica, forward = _replica_and_forward(model, selection)
+    shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
+    try:
+        fill(writer, shards, replica, forward, samples, data, cut_sample, shows_progress)
+        # No rank ends, and with it the job's process group, while another still fills a shard.
+        torch.distributed.barrier(everyone)
+    except RuntimeError:  # gloo's: what this rank waits for has ended, maybe by SIGTERM too
+        replica.stop_if_asked_alone()
+        raise
+    if torch.distributed.get_rank() == 0:
+        missing = writer.missing_shards()
+        state = f"{len(missing)} of {manifest.num_shards} shards are still missing"
+        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
+
+
+def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -> Any:
+    """Return the trainer, once Megatron's groups are up and the teacher fits them."""
+    run = OmegaConf.create(
+        {
+            "trainer": config.trainer,
+            "model": teacher,
+            "exp_manager": {"log_tflops_per_sec_per_gpu": False},
+        }
+    )
+    trainer = build_trainer(run)
+    num_replicas = check_layout(teacher, trainer.world_size, "teacher")
+    check_sequence_length(teacher, "teacher", data.max_seq_length, "data.max_seq_length")
+    with open_dict(teacher):  # NeMo's count of micro batches; this run does not use it
+        teacher.global_batch_size = data.micro_batch_size * num_replicas
+    initialize_model_parallel(trainer, teacher)
+    return trainer
+
+
+def _replica_and_forward(model: Any, selection: SelectionConfig) -> tuple[Replica, Teacher]:
+    """This process's part in the teacher run, out of NeMo's model and Megatron's groups."""
+    is_last_stage = parallel_state.is_pipeline_last_stage()
+    replica = Replica(
+        parallel_state.get_model_parallel_group(),
+        leads=is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+    )
     (module,) = model.get_model_module_list()
     forward = Teacher(
         model.model,
@@ -105,17 +129,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
         has_stages=parallel_state.get_pipeline_model_parallel_world_size() > 1,
         replica=replica,
     )
-    shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
-    try:
-        fill(writer, shards, replica, forward, samples, data, cut_sample, shows_progress)
-        torch.distributed.barrier(everyone)
-    except RuntimeError:  # gloo's: what this rank waits for has ended, maybe by SIGTERM too
-        replica.stop_if_asked_alone()
-        raise
-    if torch.distributed.get_rank() == 0:
-        missing = writer.missing_shards()
-        state = f"{len(missing)} of {manifest.num_shards} shards are still missing"
-        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
+    return replica, forward
 
 
 def check_settings(config: DictConfig) -> tuple[DataConfig, SelectionConfig, CacheConfig]:

@@ -88,7 +88,11 @@ def for_spec(name: str, names: set[str]) -> str:
 
 
 def import_hf_llama(config: DictConfig) -> None:
-    """Write `config.output` from `config.source`: see conf/import_hf_llama.yaml."""
+    """Write `config.output` from `config.source`: see conf/import_hf_llama.yaml.
+
+    Raises:
+        ValueError: A key or a path does not fit, or the source is not a model of the Llama family.
+    """
     refuse_unknown_keys(config, ("source", "output", "keep_layers"))
     output = Path(config.output).absolute()
     if output.suffix != ".nemo":
@@ -100,7 +104,6 @@ def import_hf_llama(config: DictConfig) -> None:
         raise ValueError(
             f"keep_layers: expected layers from 0 to {num_layers - 1}, got {list(layers)}"
         )
-
     tokenizer_directory = output.with_suffix(".tokenizer")
     model_config = OmegaConf.create(
         nemo_config(hf_model.config, str(tokenizer_directory), len(layers))
@@ -113,7 +116,20 @@ def import_hf_llama(config: DictConfig) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(tokenizer_directory, ignore_errors=True)
     tokenizer.save_pretrained(tokenizer_directory)
+    model = build_model(model_config)
+    (module,) = model.get_model_module_list()
+    fill_model(module, hf_model, layers, model.padded_vocab_size)
+    cpu_backend.drop_overrides(model.cfg)
+    save_nemo(model, str(output))
+    print(
+        f"{output}: {len(layers)} of {num_layers} layers, "
+        f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M parameters, "
+        f"{hf_model.dtype}; tokenizer in {tokenizer_directory}"
+    )
 
+
+def build_model(model_config: DictConfig) -> Any:
+    """Return an untrained MegatronGPTSFTModel of this config, on the CPU of any machine."""
     on_gpu_machine = torch.cuda.is_available()
     if not on_gpu_machine:
         cpu_backend.enable()
@@ -128,6 +144,7 @@ def import_hf_llama(config: DictConfig) -> None:
         }
     )
 
+    # After cpu_backend.enable, which NeMo's modules need on a machine without a GPU.
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
     )
@@ -135,8 +152,15 @@ def import_hf_llama(config: DictConfig) -> None:
     trainer = build_trainer(run)
     drop_noise()
     initialize_model_parallel(trainer, model_config)
-    model = MegatronGPTSFTModel(model_config, trainer)
-    (module,) = model.get_model_module_list()
+    return MegatronGPTSFTModel(model_config, trainer)
+
+
+def fill_model(module: Any, hf_model: Any, layers: list[int], padded_vocab_size: int) -> None:
+    """Load the Hugging Face model's weights, of these layers, into Megatron's module in place.
+
+    Raises:
+        ValueError: The two models do not have the same weights.
+    """
     names = {name for name, _ in module.named_parameters()}
     source = hf_model.state_dict()
     if hf_model.config.tie_word_embeddings:
@@ -144,17 +168,10 @@ def import_hf_llama(config: DictConfig) -> None:
     num_groups = hf_model.config.num_key_value_heads
     weights = {
         for_spec(name, names): tensor
-        for name, tensor in to_megatron(source, num_groups, layers, model.padded_vocab_size)
+        for name, tensor in to_megatron(source, num_groups, layers, padded_vocab_size)
     }
     if set(weights) != names:
         raise ValueError(
             f"source: its weights differ from NeMo's model in {sorted(set(weights) ^ names)}"
         )
     module.to(hf_model.dtype).load_state_dict(weights, strict=False)
-    cpu_backend.drop_overrides(model.cfg)
-    save_nemo(model, str(output))
-    print(
-        f"{output}: {len(layers)} of {num_layers} layers, "
-        f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M parameters, "
-        f"{hf_model.dtype}; tokenizer in {tokenizer_directory}"
-    )
