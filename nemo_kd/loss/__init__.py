@@ -1,33 +1,22 @@
 """Top-K distillation and cross entropy on vocab-parallel logits, in one fused pass.
 
-`vocab_parallel_kd_sft_loss` is the front. Its default way reads the logits in chunks of tokens
-that stay in the processor's cache and forms the gradient while a chunk is at hand;
-`logits_gather="full"` is the formula read plainly on the whole vocabulary, check and fallback.
-`vocab_parallel_linear_kd_sft_loss` starts one layer earlier and never holds the logits.
-docs/loss.md derives every gradient.
+`vocab_parallel_kd_sft_loss` takes the logits. `vocab_parallel_linear_kd_sft_loss` starts one layer
+earlier, from hidden states and the output layer's weight, and never holds all the logits. Both
+fronts use one `prepare` and one `assemble`. Between the two stands the formula as it is written
+(dense.py) or the fused passes (fused.py, linear.py). docs/loss.md derives every gradient.
 """
 
-import math
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.fused import (
-    Columns,
-    Student,
-    fused_pass,
-    locate_columns,
-    metrics,
-    tokens_per_chunk,
-)
-from nemo_kd.loss.linear import vocab_parallel_linear_kd_sft_loss
-from nemo_kd.loss.objective import KDLossConfig, KDLossOutput, Targets, check_inputs, flatten_rows
-from nemo_kd.vocab_parallel import all_gather, num_vocab_shards, vocab_shard_range
+from nemo_kd.loss.chunk import locate_columns
+from nemo_kd.loss.dense import dense_loss
+from nemo_kd.loss.fused import FusedLoss
+from nemo_kd.loss.linear import FusedLinearLoss
+from nemo_kd.loss.objective import KDLossConfig, KDLossOutput
+from nemo_kd.loss.prepare import Student, assemble, prepare
+from nemo_kd.vocab_parallel import num_vocab_shards
 
 __all__ = [
     "KDLossConfig",
@@ -51,217 +40,103 @@ def vocab_parallel_kd_sft_loss(
     """`kd_loss_weight * T^2 * D(teacher, student) + sft_loss_weight * -log softmax(z)[label]`.
 
     Args:
-        student_logits: `[..., Vp]`, this rank's vocab shard, any float type and any strides.
-            float64 is computed in float64, everything else in float32.
+        student_logits: `[..., Vp]`, this rank's vocab shard; any float type, any strides.
         labels: `[...]` int64, ids in the whole vocabulary, also where the caller masks the token.
         teacher_topk_log_probs: `[..., K]` float, log of the teacher's softmax over its vocabulary.
-        teacher_topk_ids: `[..., K]` int, ids in the whole vocabulary, each at most once a row; -1
-            marks an empty entry. Any order.
-        teacher_tail_log_probs: `[...]` float, log of the mass outside; read by bucket and label.
+        teacher_topk_ids: `[..., K]` int, ids in the whole vocabulary, in any order, each at most
+            once a row; -1 marks an empty entry.
+        teacher_tail_log_probs: `[...]` float, log of the mass outside; bucket and label read it.
         config: the objective.
-        tp_group: ranks that share the vocabulary; None if it is not sharded.
-        inplace: the logits' memory becomes the gradient's (logits_gather="topk"). Then they must
-            not be read again, and backward may run once. Without a gradient to form, and so under
-            no_grad, nothing is written.
+        tp_group: the ranks that share the vocabulary; None if it is not sharded.
+        inplace: the memory of the logits becomes that of the gradient (logits_gather="topk"). Then
+            nobody may read the logits again, and backward may run once. Under no_grad nothing is
+            written.
 
     Returns:
-        `[...]` each, float32 (float64 for float64 logits): `loss`, differentiable in the logits;
-        `kd_loss` (T^2 in it), `sft_loss` and `metrics`, detached. The same on every rank.
-
-    Collectives: logits_gather="topk" two all-reduces forward (K + 2 maxima and 2 sums a token),
-    none backward; "full" one all-gather of the logits. The gradient is each rank's slice of the
-    dense gradient. Repeated ids are refused where ids are checked, and by the cache's writer;
-    elsewhere (CUDA without NEMO_KD_DEBUG=1) each occurrence is a class of its own, and with tail
-    bucket counts in the cross entropy's sum, too.
+        `[...]` each, float32 (float64 for float64 logits), the same on every rank: `loss`,
+        differentiable in the logits; `kd_loss` (T^2 in it), `sft_loss` and `metrics`, detached.
 
     Raises:
-        ValueError: shapes do not fit, the tail is missing, or (CPU, or NEMO_KD_DEBUG=1) an id or a
-            label is outside the vocabulary or a row names an id twice.
+        ValueError: see `prepare`.
 
-    Sources: distillation and T^2, Hinton et al., arXiv 1503.02531; tail "label", Sparse Logit
-    Sampling, arXiv 2503.16870; jsd, Agarwal et al., arXiv 2306.13649.
+    docs/loss.md has the collectives, the edges and the sources: Hinton et al., arXiv 1503.02531
+    (T^2); Sparse Logit Sampling, arXiv 2503.16870 (tail "label"); Agarwal et al., arXiv 2306.13649.
     """
-    leading_shape = student_logits.shape[:-1]
     vocab_size = student_logits.shape[-1] * num_vocab_shards(tp_group)
-    check_inputs(
-        leading_shape,
-        vocab_size,
-        labels,
-        teacher_topk_log_probs,
-        teacher_topk_ids,
-        teacher_tail_log_probs,
-        config,
-    )
-    # A group of one moves nothing, and the whole vocabulary is read once.
+    teacher = (teacher_topk_log_probs, teacher_topk_ids, teacher_tail_log_probs)
+    shape = student_logits.shape[:-1]
+    rows = prepare(shape, vocab_size, labels, *teacher, config, student_logits.dtype)
+    # A group of one moves nothing, and then the logits are read only once.
     tp_group = tp_group if num_vocab_shards(tp_group) > 1 else None
-    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    labels, log_probs, ids, targets = flatten_rows(
-        labels,
-        teacher_topk_log_probs,
-        teacher_topk_ids,
-        teacher_tail_log_probs,
-        vocab_size,
-        config,
-        dtype,
-    )
     if config.logits_gather == "full":
-        loss, kd_loss, sft_loss, student = _dense_loss(
-            student_logits, labels, ids, targets, config, tp_group, dtype
-        )
+        loss, kd_loss, sft_loss, student = dense_loss(student_logits, rows, config, tp_group)
     else:
-        columns = locate_columns(ids, labels, student_logits.shape[-1], tp_group)
+        columns = locate_columns(rows.ids, rows.labels, student_logits.shape[-1], tp_group)
         gradients = None
         if torch.is_grad_enabled() and student_logits.requires_grad:
             gradients = student_logits.detach() if inplace else torch.empty_like(student_logits)
-        loss, kd_loss, sft_loss, *student_fields = _FusedLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-            student_logits, gradients, columns, targets, config, tp_group, inplace
+        loss, kd_loss, sft_loss, *fields = FusedLoss.apply(  # type: ignore[no-untyped-call] # torch's own
+            student_logits, gradients, columns, rows.targets, config, tp_group, inplace
         )
-        student = Student(*student_fields)
-    values = metrics(student, targets, log_probs, ids, config)
-    return KDLossOutput(
-        loss.view(leading_shape),
-        kd_loss.view(leading_shape),
-        sft_loss.view(leading_shape),
-        {name: value.view(leading_shape) for name, value in values.items()},
-    )
+        student = Student(*fields)
+    return assemble(loss.view(shape), kd_loss, sft_loss, student, rows, config)
 
 
-def _chunks(num_tokens: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views `[n, Vp]`, n <= `num_tokens`, of `[..., Vp]` tensors, in the order of the tokens."""
-    try:
-        flat = [tensor.view(-1, tensor.shape[-1]) for tensor in tensors]
-    except RuntimeError:  # strides that no flat view has: one dimension down, rather than copy
-        for parts in zip(*tensors, strict=True):
-            yield from _chunks(num_tokens, *parts)
-        return
-    for begin in range(0, max(1, len(flat[0])), num_tokens):
-        yield tuple(tensor[begin : begin + num_tokens] for tensor in flat)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """loss `[N]` with its gradient formed in the forward pass.
-
-    backward: dL/dz_j = dL/dloss * dloss/dz_j; `gradient` gave dloss/dz_j, both weights in it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        gradients: Tensor | None,
-        columns: Columns,
-        targets: Targets,
-        config: KDLossConfig,
-        group: ProcessGroup | None,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
-        num_tokens = tokens_per_chunk(logits.shape[-1], targets.probs.dtype, logits.device)
-
-        write = None if gradients is None else partial(_chunks, num_tokens, logits, gradients)
-        value, student = fused_pass(
-            lambda: (z for (z,) in _chunks(num_tokens, logits)),
-            write,
-            columns,
-            targets,
-            config,
-            group,
-            keeps=gradients is not None and gradients.dtype == targets.probs.dtype,
-        )
-        kd_loss = value * config.temperature**2
-        sft_loss = student.log_sum - student.logits[:, -1]
-        loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
-        ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradients)
-        ctx.inplace, ctx.num_tokens = inplace, num_tokens
-        return loss, kd_loss, sft_loss, *student
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        weights = grad_outputs[0]
-        if weights is None:
-            return (None,) * 7
-        (gradients,) = ctx.saved_tensors
-        # Not inplace: the saved gradient stays whole, so that the graph may be walked again.
-        scaled = gradients if ctx.inplace else torch.empty_like(gradients)
-        scratch: Tensor | None = None
-        begin = 0
-        for source, out in _chunks(ctx.num_tokens, gradients, scaled):
-            weight = weights[begin : begin + len(source), None]
-            begin += len(source)
-            if source.dtype == weight.dtype:
-                torch.mul(source, weight, out=out)
-            else:  # in float32: a weight rounded to bfloat16 would be off for its whole row
-                scratch = (
-                    source.float() if scratch is None else scratch[: len(source)].copy_(source)
-                )
-                out.copy_(scratch.mul_(weight))
-        return scaled, *(None,) * 6
-
-
-class _GatherVocab(torch.autograd.Function):
-    """`[..., Vp]` to `[..., V]`; backward: this rank's slice, which is whole on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.range = vocab_shard_range(logits.shape[-1], group)
-        return torch.cat(all_gather(logits, group), dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        start, end = ctx.range
-        return grad_output[..., start:end].contiguous(), None
-
-
-def _dense_loss(
-    logits: Tensor,
+def vocab_parallel_linear_kd_sft_loss(
+    hidden: Tensor,
+    output_weight: Tensor,
     labels: Tensor,
-    ids: Tensor,
-    targets: Targets,
+    teacher_topk_log_probs: Tensor,
+    teacher_topk_ids: Tensor,
+    teacher_tail_log_probs: Tensor | None = None,
+    *,
+    token_weights: Tensor,
     config: KDLossConfig,
-    group: ProcessGroup | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Student]:
-    """The formula as it stands, by autograd, on the gathered logits `[N, V]`."""
-    gathered = _GatherVocab.apply(logits, group)  # type: ignore[no-untyped-call] # torch's own
-    z = gathered.reshape(-1, gathered.shape[-1]).to(dtype)
-    z = z - z.amax(-1, keepdim=True).detach()
-    sft_loss = F.cross_entropy(z, labels, reduction="none")
-    log_q = (z / config.temperature).log_softmax(-1)
-    lowest = torch.finfo(dtype).min  # -inf would come back from autograd as NaN
-    is_entry = torch.zeros(len(z), z.shape[-1] + 1, dtype=torch.bool, device=z.device)
-    is_entry = is_entry.scatter_(1, ids.long().where(ids >= 0, z.shape[-1]), True)[:, :-1]
-    log_outside = log_q.masked_fill(is_entry, lowest).logsumexp(-1, keepdim=True)
-    log_label = log_q.gather(1, labels[:, None])
-    extra = log_outside if config.tail == "bucket" else log_label
-    log_s = torch.cat([log_q.gather(1, ids.long().clamp(min=0)), extra], dim=-1)
-    absent, probs, log_probs = targets
-    if config.restricts_student:
-        log_s = log_s.masked_fill(absent, lowest).log_softmax(-1)
-    log_s = log_s.masked_fill(absent, 0)
-    s = log_s.exp().masked_fill(absent, 0)
-    log_t = log_probs.masked_fill(probs == 0, 0)
-    if config.divergence == "forward_kl":
-        kd_loss = (probs * (log_t - log_s)).sum(-1)
-    elif config.divergence == "reverse_kl":
-        kd_loss = (s * (log_s - log_probs.masked_fill(absent, 0))).sum(-1)
-    else:
-        beta = config.jsd_beta
-        log_m = torch.logaddexp(
-            log_probs.clamp(min=lowest) + math.log(beta), log_s + math.log1p(-beta)
+    tp_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> KDLossOutput:
+    """`sum(token_weights * loss(hidden @ output_weight^T))`, loss as vocab_parallel_kd_sft_loss.
+
+    Args:
+        hidden: `[S, B, H]`, the same on every rank; `[S/TP, B, H]` with sequence parallelism.
+        output_weight: `[Vp, H]`, this rank's vocab shard, tied to the embedding or not.
+        labels: and the teacher's rows: `[S, B]` and `[S, B, K]`, as for vocab_parallel_kd_sft_loss.
+        token_weights: `[S, B]` float32, the loss mask over its normaliser; carries no gradient.
+        config: the objective; logits_gather="topk".
+        tp_group: the ranks that share the vocabulary; None if it is not sharded.
+        sequence_parallel: whether `hidden` is split along S over `tp_group`.
+
+    Returns:
+        `loss`, a float32 scalar, differentiable in `hidden` and `output_weight`, whose backward may
+        run once; `kd_loss`, `sft_loss` and `metrics`, `[S, B]` each, detached.
+
+    Raises:
+        ValueError: see `prepare`; or token_weights has another shape, or logits_gather is "full".
+    """
+    if config.logits_gather == "full":
+        raise ValueError(
+            "expected logits_gather=topk with the output layer fused in, got full, which needs "
+            "all the logits; use vocab_parallel_kd_sft_loss for it"
         )
-        kd_loss = (beta * probs * (log_t - log_m) + (1 - beta) * s * (log_s - log_m)).sum(-1)
-    kd_loss = kd_loss * config.temperature**2
-    loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
-    at = z.detach()
-    student = Student(
-        logits=at.gather(1, locate_columns(ids, labels, at.shape[-1], None).column).masked_fill(
-            torch.cat([ids < 0, torch.zeros_like(labels[:, None], dtype=torch.bool)], -1),
-            -torch.inf,
-        ),
-        log_sum=at.logsumexp(-1),
-        log_sum_t=(at / config.temperature).logsumexp(-1),
-        log_outside=log_outside[:, 0].detach(),
-        offset=torch.zeros_like(sft_loss),
+    num_shards = num_vocab_shards(tp_group)
+    shape = torch.Size(
+        (len(hidden) * (num_shards if sequence_parallel else 1), *hidden.shape[1:-1])
     )
-    return loss, kd_loss.detach(), sft_loss.detach(), student
+    teacher = (teacher_topk_log_probs, teacher_topk_ids, teacher_tail_log_probs)
+    vocab_size = len(output_weight) * num_shards
+    rows = prepare(shape, vocab_size, labels, *teacher, config, hidden.dtype)
+    if token_weights.shape != shape:
+        raise ValueError(
+            f"expected token_weights of shape {tuple(shape)}, one per label; "
+            f"got {tuple(token_weights.shape)}"
+        )
+    tp_group = tp_group if num_shards > 1 else None
+    columns = locate_columns(rows.ids, rows.labels, len(output_weight), tp_group)
+    weights = token_weights.detach().reshape(-1).to(rows.targets.probs.dtype)
+    # Inside forward autograd is always off: whether to form gradients is asked here.
+    needs_grad = torch.is_grad_enabled()
+    loss, kd_loss, sft_loss, *fields = FusedLinearLoss.apply(  # type: ignore[no-untyped-call] # torch's own
+        hidden, output_weight, weights, columns, rows.targets, config,
+        tp_group, sequence_parallel, needs_grad,
+    )  # fmt: skip
+    return assemble(loss, kd_loss, sft_loss, Student(*fields), rows, config)

@@ -1,4 +1,4 @@
-"""The loss with the output layer fused in: hidden states go in, the logits are never all there."""
+"""The loss with the output layer fused in: the logits exist one block of tokens at a time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,123 +7,29 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.fused import Student, fused_pass, locate_columns, metrics, tokens_per_chunk
-from nemo_kd.loss.objective import KDLossConfig, KDLossOutput, check_inputs, flatten_rows
-from nemo_kd.vocab_parallel import (
-    all_gather,
-    all_reduce_sum,
-    num_vocab_shards,
-    reduce_scatter_sum,
-)
+from nemo_kd.loss.chunk import Columns, combine, concatenate, divergence, take
+from nemo_kd.loss.fused import Scratch, form_chunks, measure_chunks, weigh, whole_pass
+from nemo_kd.loss.objective import KDLossConfig, Targets
+from nemo_kd.loss.prepare import Student
+from nemo_kd.vocab_parallel import all_gather, all_reduce_sum, reduce_scatter_sum
 
-# Logits that exist at a time. Large, for each block reads and writes the weight's whole gradient.
+# The size of a block of logits. It is large, because each block reads and writes the whole gradient
+# of the weight.
 _BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-# A half-precision product is added to the float32 gradient in pieces, or it would be a second one.
+# A half-precision product is added to the float32 gradient in pieces of so many ids; the product as
+# a whole would be a second gradient.
 _IDS_PER_PRODUCT = 8192
 
 
-def vocab_parallel_linear_kd_sft_loss(
-    hidden: Tensor,
-    output_weight: Tensor,
-    labels: Tensor,
-    teacher_topk_log_probs: Tensor,
-    teacher_topk_ids: Tensor,
-    teacher_tail_log_probs: Tensor | None = None,
-    *,
-    token_weights: Tensor,
-    config: KDLossConfig,
-    tp_group: ProcessGroup | None = None,
-    sequence_parallel: bool = False,
-) -> KDLossOutput:
-    """`sum(token_weights * loss(hidden @ output_weight^T))`, loss as vocab_parallel_kd_sft_loss.
-
-    Args:
-        hidden: `[S, B, H]`, the same on every rank; `[S/TP, B, H]` with sequence parallelism.
-        output_weight: `[Vp, H]`, this rank's vocab shard, tied to the embedding or not.
-        labels: and the teacher's rows: `[S, B]` and `[S, B, K]`, as for vocab_parallel_kd_sft_loss.
-        token_weights: `[S, B]` float32, the loss mask over its normaliser; carries no gradient.
-        config: the objective; logits_gather="topk".
-        tp_group: ranks that share the vocabulary; None if it is not sharded.
-        sequence_parallel: whether `hidden` is split along S over `tp_group`.
-
-    Returns:
-        `loss`, a float32 scalar, differentiable in `hidden` and `output_weight`; `kd_loss`,
-        `sft_loss` and `metrics`, `[S, B]` each, detached.
-
-    Both gradients are formed in the forward pass, block by block, so that beside inputs and their
-    gradients one block of logits is all there is, and in half precision the float32 sum of the
-    weight's gradient; at TP > 1 a block's logits are computed twice. Logits have the type of
-    `hidden`. backward only scales, and may run once. Where Megatron's DDP keeps
-    `output_weight.main_grad`, the gradient is added there and the parameter marked, as its own
-    linear layers do.
-
-    Collectives: two all-reduces of K + 4 numbers a token, and one of the hidden gradient (with
-    sequence parallelism a gather of `hidden` and a reduce-scatter of its gradient); none backward.
-
-    Raises:
-        ValueError: as vocab_parallel_kd_sft_loss; or logits_gather is "full".
-    """
-    if config.logits_gather == "full":
-        raise ValueError(
-            "expected logits_gather=topk with the output layer fused in, got full, which needs "
-            "all the logits; use vocab_parallel_kd_sft_loss for it"
-        )
-    tp_group = tp_group if num_vocab_shards(tp_group) > 1 else None
-    sequence_parallel = sequence_parallel and tp_group is not None
-    vocab_size = len(output_weight) * num_vocab_shards(tp_group)
-    gathered_length = len(hidden) * (num_vocab_shards(tp_group) if sequence_parallel else 1)
-    leading_shape = torch.Size((gathered_length, *hidden.shape[1:-1]))
-    check_inputs(
-        leading_shape,
-        vocab_size,
-        labels,
-        teacher_topk_log_probs,
-        teacher_topk_ids,
-        teacher_tail_log_probs,
-        config,
-    )
-    if token_weights.shape != leading_shape:
-        raise ValueError(
-            f"expected token_weights of shape {tuple(leading_shape)}, one per label; "
-            f"got {tuple(token_weights.shape)}"
-        )
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    labels, log_probs, ids, targets = flatten_rows(
-        labels,
-        teacher_topk_log_probs,
-        teacher_topk_ids,
-        teacher_tail_log_probs,
-        vocab_size,
-        config,
-        dtype,
-    )
-    loss, kd_loss, sft_loss, *student_fields = _FusedLinearLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-        hidden,
-        output_weight,
-        token_weights.detach().reshape(-1).to(dtype),
-        locate_columns(ids, labels, len(output_weight), tp_group),
-        targets,
-        config,
-        tp_group,
-        sequence_parallel,
-        torch.is_grad_enabled(),
-    )
-    values = metrics(Student(*student_fields), targets, log_probs, ids, config)
-    return KDLossOutput(
-        loss,
-        kd_loss.view(leading_shape),
-        sft_loss.view(leading_shape),
-        {name: value.view(leading_shape) for name, value in values.items()},
-    )
-
-
-class _FusedLinearLoss(torch.autograd.Function):
+class FusedLinearLoss(torch.autograd.Function):
     """The scalar loss; the gradients of hidden states h and weight W are formed in the forward.
 
         G = token_weights / unit * dloss/dz,    dL/dh = unit G W,    dL/dW = unit G^T h
 
-    backward multiplies both by unit * dL/dloss. unit is the largest token weight: G has the logits'
-    type, and in float16 one over the number of tokens would leave it few bits or none.
+    backward multiplies both by unit * dL/dloss. unit is the largest token weight: G has the type of
+    the logits, which is that of `hidden`, and in float16 a weight of one over the number of tokens
+    would leave few bits of G, or none. backward scales the saved gradients in place and may run
+    once.
     """
 
     @staticmethod
@@ -132,74 +38,36 @@ class _FusedLinearLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         token_weights: Tensor,
-        columns: Any,
-        targets: Any,
+        columns: Columns,
+        targets: Targets,
         config: KDLossConfig,
         group: ProcessGroup | None,
         sequence_parallel: bool,
-        grad_enabled: bool,
+        needs_grad: bool,
     ) -> tuple[Tensor, ...]:
         rows = hidden.reshape(-1, hidden.shape[-1])
         if sequence_parallel:
+            # Every rank needs the hidden states of all tokens for its vocab shard.
             rows = torch.cat(all_gather(rows, group))
-        matrix = weight.to(rows.dtype)
-        dtype = targets.probs.dtype
         hidden_grad = weight_grad = None
-        if grad_enabled and hidden.requires_grad:
+        if needs_grad and hidden.requires_grad:
             hidden_grad = torch.empty_like(rows)
-        if grad_enabled and weight.requires_grad:
-            weight_grad = weight.new_zeros(weight.shape, dtype=dtype)
-
-        block_bytes = _BLOCK_BYTES.get(rows.device.type, _BLOCK_BYTES["cuda"])
-        tokens_per_block = max(1, block_bytes // (len(matrix) * rows.dtype.itemsize))
-        num_tokens = tokens_per_chunk(len(matrix), dtype, rows.device)
-        block = rows.new_empty(min(tokens_per_block, len(rows)), len(matrix))
-
-        def blocks() -> Iterator[tuple[slice, Tensor]]:
-            for begin in range(0, max(1, len(rows)), tokens_per_block):
-                part = slice(begin, min(begin + tokens_per_block, len(rows)))
-                yield part, torch.mm(rows[part], matrix.t(), out=block[: part.stop - part.start])
-
-        def chunks(logits: Tensor) -> Iterator[Tensor]:
-            for begin in range(0, max(1, len(logits)), num_tokens):
-                yield logits[begin : begin + num_tokens]
-
-        def read() -> Iterator[Tensor]:
-            for _, logits in blocks():
-                yield from chunks(logits)
-
-        def write() -> Iterator[tuple[Tensor, ...]]:
-            for part, logits in blocks():
-                for chunk in chunks(logits):
-                    yield chunk, chunk
-                # By now the chunks hold G.
-                if hidden_grad is not None:
-                    torch.mm(logits, matrix, out=hidden_grad[part])
-                if weight_grad is not None and logits.dtype == dtype:
-                    weight_grad.addmm_(logits.t(), rows[part])
-                elif weight_grad is not None:
-                    for begin in range(0, len(weight_grad), _IDS_PER_PRODUCT):
-                        ids = slice(begin, begin + _IDS_PER_PRODUCT)
-                        weight_grad[ids] += logits[:, ids].t() @ rows[part]
-
-        forms_gradient = hidden_grad is not None or weight_grad is not None
+        if needs_grad and weight.requires_grad:
+            weight_grad = weight.new_zeros(weight.shape, dtype=targets.probs.dtype)
+        layer = _OutputLayer(rows, weight.to(rows.dtype), hidden_grad, weight_grad)
         largest = torch.cat([token_weights.abs(), token_weights.new_zeros(1)]).amax()
         unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        value, student = fused_pass(
-            read,
-            write if forms_gradient else None,
-            columns,
-            targets,
-            config,
-            group,
-            token_weights=token_weights / unit,
-        )
+        walked = (layer, columns, targets, config, token_weights / unit)
+        if group is None:
+            value, student = _whole_walk(*walked)
+        else:
+            value, student = _sharded_walk(*walked, group)
         if hidden_grad is not None:
+            # Every shard's logits contribute to the hidden states; with sequence parallelism each
+            # rank keeps its own tokens of the sum.
             reduce = reduce_scatter_sum if sequence_parallel else all_reduce_sum
             hidden_grad = reduce(hidden_grad, group).view(hidden.shape)
-        kd_loss = value * config.temperature**2
-        sft_loss = student.log_sum - student.logits[:, -1]
-        loss = config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
+        loss, kd_loss, sft_loss = weigh(value, student, config)
         ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden_grad, weight_grad, unit)
@@ -213,6 +81,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             return (None,) * 9
         hidden_grad, weight_grad, unit = ctx.saved_tensors
         scale = scale * unit
+        # In place: each gradient is as large as its tensor, and nothing else refers to it.
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(scale)
         if weight_grad is not None:
@@ -220,11 +89,97 @@ class _FusedLinearLoss(torch.autograd.Function):
         return hidden_grad, weight_grad, *(None,) * 7
 
 
+class _OutputLayer:
+    """`rows` `[N, H]` times `matrix` `[Vp, H]`, block by block, and the gradients of both.
+
+    A gradient that is None is not asked for.
+    """
+
+    def __init__(
+        self, rows: Tensor, matrix: Tensor, rows_grad: Tensor | None, matrix_grad: Tensor | None
+    ) -> None:
+        self.rows, self.matrix = rows, matrix
+        self.rows_grad, self.matrix_grad = rows_grad, matrix_grad
+        self.needs_grad = rows_grad is not None or matrix_grad is not None
+        block_bytes = _BLOCK_BYTES.get(rows.device.type, _BLOCK_BYTES["cuda"])
+        self._num_tokens = max(1, block_bytes // (len(matrix) * rows.dtype.itemsize))
+        self._memory = rows.new_empty(min(self._num_tokens, len(rows)), len(matrix))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows and the logits `[n, Vp]` of each block. The next block overwrites the logits."""
+        for begin in range(0, max(1, len(self.rows)), self._num_tokens):
+            part = slice(begin, min(begin + self._num_tokens, len(self.rows)))
+            memory = self._memory[: part.stop - part.start]
+            yield part, torch.mm(self.rows[part], self.matrix.t(), out=memory)
+
+    def accumulate(self, part: slice, gradient: Tensor) -> None:
+        """Takes dloss/dz `[n, Vp]` of the block `part` into the gradients of rows and matrix."""
+        if self.rows_grad is not None:
+            torch.mm(gradient, self.matrix, out=self.rows_grad[part])
+        if self.matrix_grad is None:
+            return
+        # Each block adds to the whole gradient in place, in the computing type.
+        if gradient.dtype == self.matrix_grad.dtype:
+            self.matrix_grad.addmm_(gradient.t(), self.rows[part])
+            return
+        for begin in range(0, len(self.matrix_grad), _IDS_PER_PRODUCT):
+            ids = slice(begin, begin + _IDS_PER_PRODUCT)
+            self.matrix_grad[ids] += gradient[:, ids].t() @ self.rows[part]
+
+
+def _whole_walk(
+    layer: _OutputLayer,
+    columns: Columns,
+    targets: Targets,
+    config: KDLossConfig,
+    token_weights: Tensor,
+) -> tuple[Tensor, Student]:
+    """D `[N]` and the student, of a whole vocabulary. The gradient of a block overwrites it."""
+    scratch = Scratch(targets.probs.dtype, config)
+    values, students = [], []
+    for part, logits in layer.blocks():
+        gradients = logits if layer.needs_grad else None
+        own = (take(columns, part), take(targets, part), config, scratch, token_weights[part])
+        value, student = whole_pass(logits, gradients, *own)
+        layer.accumulate(part, logits)
+        values.append(value)
+        students.append(student)
+    return torch.cat(values), concatenate(students)
+
+
+def _sharded_walk(
+    layer: _OutputLayer,
+    columns: Columns,
+    targets: Targets,
+    config: KDLossConfig,
+    token_weights: Tensor,
+    group: ProcessGroup,
+) -> tuple[Tensor, Student]:
+    """The same for a vocab shard: every block's logits are computed twice, rather than kept."""
+    scratch = Scratch(targets.probs.dtype, config)
+    local = concatenate(
+        [
+            measure_chunks(logits, None, take(columns, part), config, scratch)
+            for part, logits in layer.blocks()
+        ]
+    )
+    student = combine(local, config, group)
+    if not layer.needs_grad:
+        return divergence(student, targets, config)[0], student
+    values = []
+    for part, logits in layer.blocks():
+        own = (take(student, part), take(columns, part), take(targets, part), config, scratch)
+        peak = local.peak[part]
+        values.append(form_chunks(logits, logits, peak, *own, token_weights[part]))
+        layer.accumulate(part, logits)
+    return torch.cat(values), student
+
+
 def _hand_over(gradient: Tensor, weight: Any) -> Tensor:
-    """The gradient for autograd, or, added to Megatron's main_grad, a stand-in for it.
+    """The gradient for autograd, or a stand-in for it once it is added to Megatron's main_grad.
 
     Megatron's DDP sets `grad_added_to_main_grad` on every parameter whose main_grad it keeps, and
-    its hook passes over a parameter that says True; with `zero_out_wgrad` (tied embeddings, whose
+    its hook skips a parameter where that is True. With `zero_out_wgrad` (tied embeddings, whose
     other half still comes through autograd) the hook adds all the same, and must find zeros.
     """
     if getattr(weight, "main_grad", None) is None or not hasattr(weight, "grad_added_to_main_grad"):

@@ -1,14 +1,14 @@
-"""What is asked of the student: the settings, their checks, and the teacher's side as targets.
+"""What the student is asked to match: the settings of the loss, and the teacher's rows as targets.
 
-A row has K entries and one class more. The extra class is the label (tail "label"), everything
-outside the entries (tail "bucket") or absent. With z the student's logits, T the temperature and
-s the student over those classes, every mode is a divergence D between targets t and s:
+A teacher row has K entries. The loss adds one extra class to them: the label (tail "label"),
+everything outside the entries (tail "bucket"), or no class at all (tails "renormalize" and "drop").
+With z the student's logits, T the temperature, t the teacher's and s the student's probabilities
+over those classes, every mode is a divergence D between t and s:
 
-    loss = kd_loss_weight * T^2 * D(t, s) + sft_loss_weight * CE
+    loss = kd_loss_weight * T^2 * D(t, s) + sft_loss_weight * cross entropy
 """
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,16 +24,18 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class KDLossConfig:
-    """Which divergence, over which classes, at which temperature and weight.
+    """The settings of the loss: the divergence, its classes, the temperature and both weights.
 
     Raises:
         ValueError: a field is out of its range, or the combination has no meaning.
     """
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    tail: Literal["renormalize", "bucket", "label", "drop"] = "label"  # docs/study.md: it wins
+    tail: Literal["renormalize", "bucket", "label", "drop"] = (
+        "label"  # the best one in docs/study.md
+    )
     temperature: float = 1.0
-    jsd_beta: float = 0.5  # m = beta * teacher + (1 - beta) * student; read by jsd alone
+    jsd_beta: float = 0.5  # m = beta * teacher + (1 - beta) * student; only jsd reads it
     kd_loss_weight: float = 1.0
     sft_loss_weight: float = 0.4
     logits_gather: Literal["topk", "full"] = "topk"
@@ -70,12 +72,12 @@ class KDLossConfig:
 
     @property
     def restricts_student(self) -> bool:
-        """Whether the student is a distribution over the row's classes, not over the vocabulary."""
+        """Whether s is normalised over the row's classes; otherwise it is over the vocabulary."""
         return self.tail in ("renormalize", "bucket")
 
 
 class KDLossOutput(NamedTuple):
-    """The losses and the metrics; only `loss` carries a gradient."""
+    """The losses and the metrics. Only `loss` carries a gradient."""
 
     loss: Tensor
     kd_loss: Tensor
@@ -84,71 +86,11 @@ class KDLossOutput(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The teacher's classes and their probabilities, for N rows; nothing of the student in it."""
+    """The teacher's classes and their probabilities for N rows: K entries and the extra class."""
 
-    absent: Tensor  # [N, K + 1] bool: no class of the divergence
-    probs: Tensor  # [N, K + 1], 0 where absent, sums to 1 or, in a row without any, to 0
-    log_probs: Tensor  # [N, K + 1], -inf where probs is 0 by definition
-
-
-def check_inputs(
-    leading_shape: torch.Size,
-    vocab_size: int,
-    labels: Tensor,
-    log_probs: Tensor,
-    ids: Tensor,
-    tail_log_probs: Tensor | None,
-    config: KDLossConfig,
-) -> None:
-    """Shapes always; ids on CPU always and on CUDA if NEMO_KD_DEBUG=1, since it synchronises.
-
-    Raises:
-        ValueError: a shape does not fit, the tail is missing, an id or a label is outside the
-            vocabulary, or a row names an id twice.
-    """
-    if ids.dim() == 0 or ids.shape[-1] < 1 or ids.shape[:-1] != leading_shape:
-        raise ValueError(
-            f"expected teacher_topk_ids of shape {tuple(leading_shape)} + (K,) with K >= 1, as the "
-            f"student's leading dimensions are; got {tuple(ids.shape)}"
-        )
-    if log_probs.shape != ids.shape:
-        raise ValueError(
-            f"expected teacher_topk_log_probs of the ids' shape {tuple(ids.shape)}; "
-            f"got {tuple(log_probs.shape)}"
-        )
-    if labels.shape != leading_shape:
-        raise ValueError(
-            f"expected labels of shape {tuple(leading_shape)}, one per row of student logits; "
-            f"got {tuple(labels.shape)}"
-        )
-    if config.tail in ("bucket", "label"):
-        if tail_log_probs is None:
-            raise ValueError(
-                f"expected teacher_tail_log_probs with tail={config.tail}, got None; "
-                "pass the cache's tail_log_probs or use tail renormalize or drop"
-            )
-        if tail_log_probs.shape != leading_shape:
-            raise ValueError(
-                f"expected teacher_tail_log_probs of shape {tuple(leading_shape)}; "
-                f"got {tuple(tail_log_probs.shape)}"
-            )
-    if ids.numel() == 0 or (ids.is_cuda and os.environ.get("NEMO_KD_DEBUG") != "1"):
-        return
-    for name, values, low in (("teacher_topk_ids", ids, -1), ("labels", labels, 0)):
-        smallest, largest = (int(value) for value in values.aminmax())
-        if smallest < low or largest >= vocab_size:
-            wrong = smallest if smallest < low else largest
-            raise ValueError(
-                f"expected {name} from {low} to {vocab_size - 1}, got {wrong}; the student's "
-                f"vocabulary has V={vocab_size} entries; dump a cache with the student's tokenizer"
-            )
-    ordered = ids.sort(dim=-1).values
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    if twice.any():
-        raise ValueError(
-            f"expected each id at most once a row, got {int(ordered[..., 1:][twice][0])} twice; "
-            "merge repeated entries and mark the freed ones with id -1"
-        )
+    absent: Tensor  # [N, K + 1] bool: True where the divergence has no such class
+    probs: Tensor  # [N, K + 1]: 0 where absent; sums to 1, or to 0 in a row without any class
+    log_probs: Tensor  # [N, K + 1]: log of probs, -inf where absent
 
 
 def make_targets(
@@ -160,9 +102,10 @@ def make_targets(
     config: KDLossConfig,
     dtype: torch.dtype,
 ) -> Targets:
-    """The table of `docs/loss.md`: entries and extra class, normalised in log space.
+    """The teacher's side of the table in docs/loss.md, normalised in log space.
 
-    Storage rounds, so that the stored mass may exceed 1: normalising comes last.
+    `log_probs` and `ids` are `[N, K]`, `tail_log_probs` and `labels` `[N]`; the result has `dtype`.
+    Normalising comes last, because float16 storage can round the mass of a row above 1.
     """
     valid = ids >= 0
     entries = log_probs.to(dtype).masked_fill(~valid, -torch.inf)
@@ -183,28 +126,12 @@ def make_targets(
         extra = torch.cat([tail_log_probs.to(dtype)[:, None], own_mass], -1).logsumexp(-1, True)
         entries = entries.masked_fill(is_label, -torch.inf)
     classes = torch.cat([entries, extra], dim=-1)
-    total = classes.logsumexp(-1, keepdim=True)
     present = torch.cat([valid, has_extra], dim=-1)
-    present &= valid.any(-1, keepdim=True) & (total > -torch.inf)
+    has_mass = classes.amax(-1, keepdim=True) > -torch.inf
+    present &= valid.any(-1, keepdim=True) & has_mass
     if config.divergence == "reverse_kl":
         present &= classes > -torch.inf
-    target = (classes - total).masked_fill_(~present, -torch.inf)
+    # log_softmax subtracts the largest log-prob first. Subtracting a logsumexp would round every
+    # target of a row of log-probs near -500 by the same 3e-5, and the targets would not sum to 1.
+    target = classes.log_softmax(-1).masked_fill_(~present, -torch.inf)
     return Targets(~present, target.exp(), target)
-
-
-def flatten_rows(
-    labels: Tensor,
-    log_probs: Tensor,
-    ids: Tensor,
-    tail_log_probs: Tensor | None,
-    vocab_size: int,
-    config: KDLossConfig,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Targets]:
-    """Labels `[N]`, log-probs and ids `[N, K]` and the targets of any leading dimensions."""
-    ids = ids.reshape(-1, ids.shape[-1])
-    labels = labels.reshape(-1)
-    log_probs = log_probs.detach().reshape(ids.shape)
-    tail = None if tail_log_probs is None else tail_log_probs.detach().reshape(-1)
-    targets = make_targets(log_probs, ids, tail, labels, vocab_size, config, dtype)
-    return labels, log_probs, ids, targets

@@ -1,0 +1,236 @@
+"""One chunk of tokens `[n, Vp]`: its statistics, the divergence and dloss/dz.
+
+`measure` reads the logits and leaves exponentials, `combine` makes one student of all vocab shards,
+and `form` computes the divergence and turns the exponentials into the gradient. docs/loss.md
+derives the formulas.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_kd.loss.objective import KDLossConfig, Targets
+from nemo_kd.loss.prepare import Student
+from nemo_kd.vocab_parallel import LOG2_E, all_reduce_max, all_reduce_sum, vocab_shard_range
+
+
+class Columns(NamedTuple):
+    """Where a row's K entries and, as the last column, its label stand in this vocab shard."""
+
+    column: Tensor  # [N, K + 1] int64; 0 where foreign
+    foreign: Tensor  # [N, K + 1] bool: an empty entry, or an id of another vocab shard
+
+
+class Local(NamedTuple):
+    """What one vocab shard says of N rows. With tail "bucket" the sums leave out the entries."""
+
+    logits: Tensor  # [N, K + 1] at the entries and the label, -inf where foreign
+    peak: Tensor  # [N] the largest logit in the sums
+    sum: Tensor  # [N] sum exp(z - peak)
+    sum_t: Tensor  # [N] sum exp((z - peak) / T)
+
+
+def locate_columns(
+    ids: Tensor, labels: Tensor, shard_size: int, group: ProcessGroup | None
+) -> Columns:
+    """`ids` `[N, K]` and `labels` `[N]` as columns of this rank's vocab shard."""
+    start, end = vocab_shard_range(shard_size, group)
+    all_ids = torch.cat([ids.long(), labels.long()[:, None]], dim=-1)
+    foreign = (all_ids < start) | (all_ids >= end)
+    return Columns((all_ids - start).masked_fill_(foreign, 0), foreign)
+
+
+def measure(
+    logits: Tensor, columns: Columns, config: KDLossConfig, work: Tensor, work_t: Tensor
+) -> Local:
+    """This shard's statistics of a chunk `[n, Vp]`; leaves its exponentials in both works."""
+    # The entries are read first: `work` may be the logits' own memory.
+    gathered = (
+        logits.gather(1, columns.column).to(work.dtype).masked_fill_(columns.foreign, -torch.inf)
+    )
+    peak = exponentiate(logits, columns, config, work, work_t)
+    total = work.sum(-1)
+    return Local(gathered, peak, total, total if work_t is work else work_t.sum(-1))
+
+
+def exponentiate(
+    logits: Tensor,
+    columns: Columns,
+    config: KDLossConfig,
+    work: Tensor,
+    work_t: Tensor,
+    peak: Tensor | None = None,
+) -> Tensor:
+    """Writes exp(z - peak) to `work` and exp((z - peak) / T) to `work_t`; returns the peak.
+
+    `work` may be the logits' memory; at T = 1 `work_t` is `work`. With tail "bucket" the entries
+    are -inf, so that the sum is over the outside alone, and never 1 minus another sum.
+    """
+    source = logits
+    if logits.dtype != work.dtype or config.tail == "bucket":
+        source = work.copy_(logits)
+    if config.tail == "bucket":
+        # Added, not assigned: a foreign entry stands at column 0, whose logit must stay.
+        exclusion = work.new_full((len(work), columns.column.shape[-1] - 1), -torch.inf)
+        exclusion.masked_fill_(columns.foreign[:, :-1], 0)
+        work.scatter_add_(1, columns.column[:, :-1], exclusion)
+    if peak is None:
+        # Finite even where nothing is left of the row, or -inf - -inf would be NaN.
+        peak = source.amax(-1).clamp_(min=torch.finfo(work.dtype).min)
+    torch.sub(source, peak[:, None], out=work)
+    if work_t is not work:
+        # Before `work` is overwritten by its own exponential.
+        torch.mul(work, LOG2_E / config.temperature, out=work_t).exp2_()
+    work.mul_(LOG2_E).exp2_()
+    return peak
+
+
+def combine(local: Local, config: KDLossConfig, group: ProcessGroup | None) -> Student:
+    """The student over all vocab shards."""
+    # One all-reduce of K + 2 maxima a token: every entry's logit is -inf but on the shard that has
+    # it, so that its maximum is the logit itself.
+    maxima = all_reduce_max(torch.cat([local.logits, local.peak[:, None]], dim=-1), group)
+    offset = local.peak - maxima[:, -1]
+    sums = torch.stack(
+        [local.sum * offset.exp(), local.sum_t * (offset / config.temperature).exp()]
+    )
+    # One all-reduce of two sums a token. It comes after the maxima, because every shard's sum has
+    # to be relative to the same maximum.
+    log_sum, log_sum_t = all_reduce_sum(sums, group).log()
+    top = maxima.amax(-1)
+    below_top = maxima[:, -1] - top
+    logits = maxima[:, :-1] - top[:, None]
+    log_sum = log_sum + below_top
+    log_outside = log_sum_t = log_sum_t + below_top / config.temperature
+    if config.tail == "bucket":
+        entries = logits[:, :-1]
+        log_sum = torch.logaddexp(log_sum, entries.logsumexp(-1))
+        log_sum_t = torch.logaddexp(log_outside, (entries / config.temperature).logsumexp(-1))
+    return Student(logits, log_sum, log_sum_t, log_outside, local.peak - top)
+
+
+def form(
+    student: Student,
+    targets: Targets,
+    columns: Columns,
+    config: KDLossConfig,
+    token_weights: Tensor | None,
+    work: Tensor,
+    work_t: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """D `[n]`. With `out`, the exponentials in `work` and `work_t` become dloss/dz in `out`.
+
+    `token_weights` `[n]` multiply the gradient's rows. `out` and `work` may be one tensor.
+    """
+    value, class_gradient = divergence(student, targets, config)
+    if out is not None:
+        _form_gradient(
+            student, targets, columns, class_gradient, config, token_weights, work, work_t
+        )
+        if work is not out:
+            out.copy_(work)
+    return value
+
+
+def divergence(student: Student, targets: Targets, config: KDLossConfig) -> tuple[Tensor, Tensor]:
+    """D `[n]` and dD/du `[n, K + 1]`, without the part that is dense in the vocabulary.
+
+    With the tails "label" and "drop" q is dense, and dD/du is -t here. From docs/loss.md:
+
+        forward_kl   dD/du = s - t
+        reverse_kl   dD/du = s (log s - log t - D)
+        jsd          dD/du = (1 - beta) s (log s - log m - KL(s||m)),  m = beta t + (1 - beta) s
+    """
+    absent, probs, log_probs = targets
+    scaled = student.logits / config.temperature
+    if config.tail == "bucket":
+        scaled[:, -1] = student.log_outside
+    if config.restricts_student:
+        log_s = scaled.masked_fill_(absent, -torch.inf).log_softmax(-1)
+    else:
+        log_s = scaled.sub_(student.log_sum_t[:, None])
+    log_s.masked_fill_(absent, -torch.inf)  # also clears the NaN of a row without any class
+    if config.divergence == "forward_kl":
+        value = _terms(probs, log_probs, log_s).sum(-1)
+        return value, log_s.exp_().sub_(probs) if config.restricts_student else -probs
+    s = log_s.exp()
+    if config.divergence == "reverse_kl":
+        terms = _terms(s, log_s, log_probs)
+        value = terms.sum(-1)
+        return value, terms.addcmul_(s, value[:, None], value=-1)
+    beta = config.jsd_beta
+    log_m = torch.logaddexp(log_probs + math.log(beta), log_s + math.log1p(-beta))
+    terms = _terms(s, log_s, log_m)
+    student_kl = terms.sum(-1)
+    value = beta * _terms(probs, log_probs, log_m).sum(-1) + (1 - beta) * student_kl
+    return value, terms.addcmul_(s, student_kl[:, None], value=-1).mul_(1 - beta)
+
+
+def _terms(probs: Tensor, log_probs: Tensor, log_others: Tensor) -> Tensor:
+    """a (log a - log b), 0 where a is 0."""
+    return (probs * (log_probs - log_others)).masked_fill_(probs == 0, 0)
+
+
+def _form_gradient(
+    student: Student,
+    targets: Targets,
+    columns: Columns,
+    class_gradient: Tensor,
+    config: KDLossConfig,
+    token_weights: Tensor | None,
+    work: Tensor,
+    work_t: Tensor,
+) -> None:
+    """Turns the exponentials in `work` and `work_t` into dloss/dz of a chunk, in `work`.
+
+        dloss/dz_j = sft_loss_weight * (softmax(z)_j - 1[j = label])
+                   + kd_loss_weight * T * (dD/du_j if j is an entry, else the dense part)
+
+    The dense part is 0 for renormalize, dD/du_outside * softmax(z/T over the outside)_j for bucket
+    and softmax(z/T)_j for label and drop. `token_weights` `[n]` multiply the rows.
+    `class_gradient` (dD/du) is overwritten.
+    """
+    sparse = class_gradient.mul_(config.kd_loss_weight * config.temperature)
+    if config.tail == "bucket":
+        # The entries were left out of the exponentials: their cells hold 0 and get all of theirs.
+        softmax = (student.logits[:, :-1] - student.log_sum[:, None]).exp_()
+        sparse[:, :-1].add_(softmax, alpha=config.sft_loss_weight)
+        # Copied before the column becomes the label's.
+        dense = sparse[:, -1].clone()
+        sparse[:, -1] = 0
+    elif config.tail != "renormalize":
+        dense = ~targets.absent.all(-1) * (config.kd_loss_weight * config.temperature)
+    sparse[:, -1] -= config.sft_loss_weight
+    scale = (student.offset - student.log_sum).exp_().mul_(config.sft_loss_weight)
+    scale_t = None
+    if config.tail != "renormalize":
+        # The exponent is at most 0. It is inf where the outside is empty, and NaN where T < 1 takes
+        # the offset out of float32; `dense` is 0 in both cases.
+        exponent = student.offset / config.temperature - student.log_outside
+        exponent = exponent.nan_to_num_(nan=0).clamp_(max=0)
+        scale_t = exponent.exp_().mul_(dense)
+        if work_t is work:
+            scale, scale_t = scale.add_(scale_t), None
+    if token_weights is not None:
+        sparse.mul_(token_weights[:, None])
+        scale.mul_(token_weights)
+        scale_t = None if scale_t is None else scale_t.mul_(token_weights)
+    work.mul_(scale[:, None])
+    if scale_t is not None:
+        work.addcmul_(work_t, scale_t[:, None])
+    # Added, since an entry's cell may be the label's too, and foreign entries add 0 to column 0.
+    work.scatter_add_(1, columns.column, sparse.masked_fill_(columns.foreign, 0))
+
+
+def take(fields: Any, rows: slice) -> Any:
+    """The same rows of every field of a named tuple."""
+    return type(fields)(*(field[rows] for field in fields))
+
+
+def concatenate(parts: list[Any]) -> Any:
+    """The rows of named tuples of one type, in order."""
+    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
