@@ -149,6 +149,18 @@ def _float16_mass_above_one(case: Case) -> Case:
     return case
 
 
+def _tail_rounded_from_nothing(case: Case) -> Case:
+    """Entries that are the whole vocabulary, and a tail that storage rounded to more than 0."""
+    case.tails.fill_(-9.0)
+    return case
+
+
+def _low_log_probs(case: Case) -> Case:
+    """A row near -500, as when its ids are those of another temperature or of another teacher."""
+    case.log_probs = case.log_probs - 500
+    return case
+
+
 def _logits_far_from_zero(case: Case) -> Case:
     case.logits += 5000
     return case
@@ -160,6 +172,7 @@ EDGES: dict[str, Callable[[], Case]] = {
     "B=1": lambda: random_case(shape=(4, 1)),
     "K=1": lambda: random_case(k=1),
     "K=V": lambda: random_case(k=V),
+    "K=V_and_a_rounded_tail": lambda: _tail_rounded_from_nothing(random_case(k=V)),
     "label_in_row": lambda: _label_in_row(random_case()),
     "label_not_in_row": lambda: _label_not_in_row(random_case()),
     "label_on_another_shard": lambda: _label_on_another_shard(random_case()),
@@ -172,9 +185,20 @@ EDGES: dict[str, Callable[[], Case]] = {
     "logits_far_from_zero": lambda: _logits_far_from_zero(random_case()),
     "certain_outside_the_row": lambda: _certain_outside_the_row(random_case()),
     "certain_inside_the_row": lambda: _certain_inside_the_row(random_case()),
+    "low_log_probs": lambda: _low_log_probs(random_case()),
     "teacher_minus_inf": lambda: _teacher_minus_inf(random_case()),
     "teacher_all_minus_inf": lambda: _teacher_all_minus_inf(random_case()),
     "tail_minus_inf": lambda: _tail_minus_inf(random_case()),
     "nothing_but_minus_inf": lambda: _nothing_but_minus_inf(random_case()),
     "float16_mass_above_one": lambda: _float16_mass_above_one(random_case()),
 }
+
+# (edge, mode, logits_gather). Every edge meets every divergence and tail three times, and ordinary
+# rows meet everything. The rest of the product kills no further mutant of the loss.
+GRID = [
+    (edge, mode, gather)
+    for edge in EDGES
+    for mode in MODES
+    for gather in ("topk", "full")
+    if edge == "ordinary" or mode.endswith("-T2") or (mode.endswith("-T0.5") and gather == "topk")
+]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import EDGES, MODES, Case, V, random_case
+from loss_cases import EDGES, GRID, MODES, Case, V, random_case
 from reference import reference_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,9 +48,7 @@ def assert_matches_reference(
     assert error.max() <= 1e-5 * largest
 
 
-@pytest.mark.parametrize("gather", ["topk", "full"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(("edge", "mode", "gather"), GRID)
 def test_matches_reference(edge: str, mode: str, gather: str) -> None:
     case, config = EDGES[edge](), replace(MODES[mode], logits_gather=gather)
     out, gradient = run(case, config)

@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
-from loss_cases import EDGES, MODES, Case, V, random_case
+from loss_cases import EDGES, GRID, MODES, Case, V, random_case
 from test_loss import assert_matches_reference
 
 import nemo_kd.loss.fused
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
 
 TP_SIZES = (2, 4)
-GATHERS = ("topk", "full")
 TYPED = [
     (dtype, inplace, mode)
     for dtype in (torch.float32, torch.bfloat16)
@@ -49,20 +48,13 @@ def _detach(value: Any) -> Any:
 
 
 def every_case(rank: int, world_size: int) -> dict[Any, Any]:
-    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = (
-        4 * V // world_size * 4
-    )  # 4 tokens a chunk, 6 in a case
+    # 4 tokens a chunk, of the 6 tokens in a case.
+    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = 4 * V // world_size * 4
     results = {}
-    for edge, make in EDGES.items():
-        for mode, config in MODES.items():
-            for gather in GATHERS:
-                results[edge, mode, gather] = run_shard(
-                    make(),
-                    replace(config, logits_gather=gather),
-                    rank,
-                    world_size,
-                    gather == "topk",
-                )
+    for edge, mode, gather in GRID:
+        config = replace(MODES[mode], logits_gather=gather)
+        inplace = gather == "topk"
+        results[edge, mode, gather] = run_shard(EDGES[edge](), config, rank, world_size, inplace)
     return results
 
 
@@ -103,9 +95,7 @@ def ranks(request: pytest.FixtureRequest) -> list[Any]:
     return run_distributed(everything, request.param)
 
 
-@pytest.mark.parametrize("gather", GATHERS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(("edge", "mode", "gather"), GRID)
 def test_matches_reference(ranks: list[Any], edge: str, mode: str, gather: str) -> None:
     results = [cases[edge, mode, gather] for cases, _, _ in ranks]
     gradient = torch.cat([gradient for _, gradient in results], dim=-1)

@@ -12,7 +12,8 @@ from test_loss import run
 
 MODE = st.sampled_from(sorted(MODES))
 IS_DIVERGENCE = st.sampled_from([name for name in sorted(MODES) if "drop" not in name])
-any_input = settings(max_examples=60, deadline=None)
+# Derandomised: a run of the same commit draws the same inputs, so that CI fails for a change alone.
+any_input = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @st.composite
