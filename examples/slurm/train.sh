@@ -1,34 +1,24 @@
 #!/usr/bin/env bash
-# Trains a student on one node or several, and goes on after preemptions and time limits.
+# Trains a student on one node or several, and resumes after preemptions and time limits.
 #   sbatch --nodes=8 examples/slurm/train.sh +experiment=nemotron4_340b_to_15b save_to=kd.nemo \
 #     model.restore_from_path=student.nemo model.data.train_ds.file_names=[cache] \
 #     model.data.validation_ds.file_names=[heldout-cache]
 #SBATCH --job-name=nemo-kd-train
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8         # one process a GPU
-#SBATCH --gpus-per-node=8           # all visible to each process: no --gpus-per-task
+#SBATCH --ntasks-per-node=8         # one process per GPU
+#SBATCH --gpus-per-node=8           # each process sees all of them, so do not use --gpus-per-task
 #SBATCH --time=04:00:00
-#SBATCH --requeue                   # after a preemption or a node's failure
-#SBATCH --signal=TERM@300           # five minutes before the time is over it saves a checkpoint
+#SBATCH --requeue                   # after a preemption or the failure of a node
+#SBATCH --signal=TERM@300           # the run saves a checkpoint five minutes before the time limit
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# IMAGE: the container (Dockerfile), as pyxis names it; unset: the python at hand, in a checkout.
-# MOUNTS: what it is to see besides the directory of submission: /data:/data,/scratch:/scratch
-examples=examples container=()
-if [[ -n ${IMAGE-} ]]; then
-  examples=/opt/nemo_kd/examples
-  container=(
-    "--container-image=$IMAGE"
-    "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}"
-    "--container-workdir=$PWD"
-  )
-fi
+# sbatch runs a copy of this script outside the checkout, so the path of the script does not lead to
+# common.sh. The job starts in the directory where sbatch was called: the checkout is expected there,
+# or in nemo_kd below it. If it is elsewhere, set NEMO_KD_HOME to it before calling sbatch.
+checkout=${NEMO_KD_HOME:-$PWD}
+[[ -d $checkout/examples ]] || checkout=$PWD/nemo_kd
+source "$checkout/examples/slurm/common.sh" || { echo "set NEMO_KD_HOME to the checkout" >&2; exit 1; }
 
-# --wait: a process that fails leaves the others a minute to end as they should, and no longer.
-srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" python "$examples/train_kd_sft.py" "$@"
-status=$?
-if ((status == 143)); then # stopped by SIGTERM: exp_manager.resume_if_exists goes on from there
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
+# After a stop the queued job resumes from the last checkpoint (exp_manager.resume_if_exists).
+run_example "$checkout" train_kd_sft.py "$@"

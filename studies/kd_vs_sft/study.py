@@ -16,16 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from demo import (
-    EXAMPLES,
-    PROMPT,
-    VOCAB_SIZE,
-    import_models,
-    question_answer_pairs,
-    teacher_gguf,
-)
+from demo import VOCAB_SIZE, dump, import_models, question_answer_pairs, teacher_gguf, train
 from report import write_report
-from steps import Steps, say, together, validation_curves
+from steps import Steps, say, together
 
 from nemo_kd.cache import TopKCache
 from nemo_kd.cli import summarize
@@ -157,7 +150,7 @@ class Study:
         """The teacher, the student, the teacher's answers and the caches."""
         out, run = self.out, self.steps.run
         self.write_questions()
-        import_models(self.steps, out)
+        import_models(self.steps)
         for split, answers in self.scale.answers.items():
             run(
                 f"answers-{split}",
@@ -209,21 +202,14 @@ class Study:
         )
 
     def dump(self, split: str, cache: str, codec: str, **selection: Any) -> None:
-        self.steps.run(
-            f"dump-{cache}",
-            EXAMPLES / "dump_teacher_topk.py",
-            "trainer.accelerator=cpu",
-            f"teacher.restore_from_path={self.out}/teacher.nemo",
-            f"data.file_names=[{self.out}/{split}.jsonl]",
-            f"data.prompt_template='{PROMPT}'",
+        dump(
+            self.steps,
+            split,
+            cache,
             "data.add_eos=false",  # an answer that ended has its end token in its text
             f"data.max_seq_length={MAX_SEQ_LENGTH}",
-            "data.micro_batch_size=8",
-            "data.num_workers=0",
             *(f"selection.{name}={value}" for name, value in selection.items()),
             f"cache.codec={codec}",
-            "cache.samples_per_shard=128",
-            f"cache.path={self.out}/{cache}",
         )
 
     def cut(self, source: str, cache: str, k: int) -> None:
@@ -286,20 +272,17 @@ class Study:
 
     def train(self, run: Run) -> dict[str, Any]:
         """Train, measure, and return the run's results; the student itself is not kept."""
-        logs, data = self.out / "runs" / run.name, "model.data"
+        data = "model.data"
         whole = run.steps == self.scale.steps  # a curve to be drawn
         interval = max(1, run.steps // VALIDATIONS) if whole else run.steps
-        self.steps.run(
+        curves = train(
+            self.steps,
             run.name,
-            EXAMPLES / "train_kd_sft.py",
-            "trainer.accelerator=cpu",
+            run.name,
+            (run.cache, "heldout-100"),
             f"trainer.max_steps={run.steps}",
             f"trainer.val_check_interval={interval}",
-            f"model.restore_from_path={self.out}/student.nemo",
-            f"{data}.train_ds.file_names=[{self.out}/{run.cache}]",
             f"{data}.train_ds.seed={run.seed}",
-            f"{data}.validation_ds.file_names=[{self.out}/heldout-100]",
-            f"{data}.validation_drop_last=false",
             *(
                 f"{data}.{split}_ds.{key}={value}"
                 for split, batch in (("train", self.scale.batch), ("validation", VALIDATION_BATCH))
@@ -307,7 +290,6 @@ class Study:
                     "global_batch_size": batch,
                     "micro_batch_size": batch,
                     "max_seq_length": MAX_SEQ_LENGTH,
-                    "num_workers": 0,
                 }.items()
             ),
             *(f"model.knowledge_distillation.{k}={v}" for k, v in run.settings.items()),
@@ -316,15 +298,11 @@ class Study:
             "~model.optim.sched.constant_steps",
             "model.optim.sched.warmup_steps=10",
             f"model.optim.lr={run.learning_rate}",
-            f"exp_manager.explicit_log_dir={logs}",
-            "exp_manager.create_checkpoint_callback=false",
-            "exp_manager.resume_if_exists=false",
             f"save_to={self.out}/{run.name}.nemo",
-            directory=logs,
         )
         measures = self.measure(run.name)
         (self.out / f"{run.name}.nemo").unlink(missing_ok=True)
-        return {**asdict(run), **measures, "curve": validation_curves(logs)["validation_loss"]}
+        return {**asdict(run), **measures, "curve": curves["validation_loss"]}
 
     def measure(self, name: str) -> dict[str, Any]:
         """The measures of a model under `out`, all numbers; see measure.py."""

@@ -1,0 +1,30 @@
+# The common part of train.sh and dump_array.sh, which source this file and call run_example.
+#
+# Two variables of the environment that you submit from:
+#   IMAGE   the container (see Dockerfile) as pyxis names it. If it is unset, the jobs use the Python
+#           of that environment and the examples of the checkout.
+#   MOUNTS  more directories for the container, besides the one of submission, for instance
+#           /data:/data,/scratch:/scratch
+
+# run_example CHECKOUT SCRIPT ARGUMENTS: run an example under srun, with one process per GPU. A run
+# that SIGTERM stopped ends with status 143; its job is queued again, and the script's exit status
+# is that of the run.
+run_example() {
+  local examples=$1/examples script=$2 container=() status
+  shift 2
+  if [[ -n ${IMAGE-} ]]; then
+    examples=/opt/nemo_kd/examples
+    container=(
+      "--container-image=$IMAGE"
+      "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}"
+      "--container-workdir=$PWD"
+    )
+  fi
+  # --wait: when a process fails, the others have a minute to end by themselves.
+  srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" python "$examples/$script" "$@"
+  status=$?
+  if ((status == 143)); then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$status"
+}
