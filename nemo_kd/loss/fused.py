@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_kd.loss.chunk import (
-    Columns,
+    Classes,
     Local,
     combine,
     concatenate,
@@ -24,7 +24,7 @@ from nemo_kd.loss.chunk import (
     measure,
     take,
 )
-from nemo_kd.loss.objective import KDLossConfig, Targets
+from nemo_kd.loss.objective import KDLossConfig
 from nemo_kd.loss.prepare import Student
 
 # The size of a chunk of tokens in the computing type. On a CPU a chunk has to stay in the cache
@@ -59,23 +59,20 @@ class Scratch:
 def whole_pass(
     logits: Tensor,
     gradients: Tensor | None,
-    columns: Columns,
-    targets: Targets,
+    classes: Classes,
     config: KDLossConfig,
     scratch: Scratch,
-    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Student]:
     """D `[N]` and the student's statistics, from the logits `[..., V]` of a whole vocabulary.
 
-    Writes dloss/dz, times `token_weights` `[N]`, to `gradients`, which may be the logits' memory.
+    Writes dloss/dz to `gradients`, which may be the logits' memory.
     """
     values, students = [], []
     for rows, chunk, out in chunks(scratch.dtype, logits, gradients):
         work, work_t = scratch.pair(chunk, out)
-        own_columns, own_targets = take(columns, rows), take(targets, rows)
-        student = combine(measure(chunk, own_columns, config, work, work_t), config, None)
-        weights = None if token_weights is None else token_weights[rows]
-        values.append(form(student, own_targets, own_columns, config, weights, work, work_t, out))
+        own = take(classes, rows)
+        student = combine(measure(chunk, own, config, work, work_t), config, None)
+        values.append(form(student, own, config, work, work_t, out))
         students.append(student)
     return torch.cat(values), concatenate(students)
 
@@ -83,29 +80,27 @@ def whole_pass(
 def sharded_pass(
     logits: Tensor,
     gradients: Tensor | None,
-    columns: Columns,
-    targets: Targets,
+    classes: Classes,
     config: KDLossConfig,
-    group: ProcessGroup,
     scratch: Scratch,
+    group: ProcessGroup,
 ) -> tuple[Tensor, Student]:
     """What `whole_pass` returns and writes, from one vocab shard `[..., Vp]`."""
     # At T = 1 and in the computing type, the gradient's memory carries the exponentials from the
     # first walk to the second one. In place they overwrite the logits, which are read no more.
     carries = gradients is not None and gradients.dtype == scratch.dtype and config.temperature == 1
-    local = measure_chunks(logits, gradients if carries else None, columns, config, scratch)
+    local = measure_chunks(logits, gradients if carries else None, classes, config, scratch)
     student = combine(local, config, group)
     if gradients is None:
-        return divergence(student, targets, config)[0], student
+        return divergence(student, classes, config)[0], student
     peak = None if carries else local.peak
-    value = form_chunks(logits, gradients, peak, student, columns, targets, config, scratch)
-    return value, student
+    return form_chunks(logits, gradients, peak, student, classes, config, scratch), student
 
 
 def measure_chunks(
     logits: Tensor,
     exponentials: Tensor | None,
-    columns: Columns,
+    classes: Classes,
     config: KDLossConfig,
     scratch: Scratch,
 ) -> Local:
@@ -115,7 +110,7 @@ def measure_chunks(
     """
     parts = []
     for rows, chunk, out in chunks(scratch.dtype, logits, exponentials):
-        parts.append(measure(chunk, take(columns, rows), config, *scratch.pair(chunk, out)))
+        parts.append(measure(chunk, take(classes, rows), config, *scratch.pair(chunk, out)))
     local: Local = concatenate(parts)
     return local
 
@@ -125,13 +120,11 @@ def form_chunks(
     gradients: Tensor,
     peak: Tensor | None,
     student: Student,
-    columns: Columns,
-    targets: Targets,
+    classes: Classes,
     config: KDLossConfig,
     scratch: Scratch,
-    token_weights: Tensor | None = None,
 ) -> Tensor:
-    """The second walk: D `[N]`; dloss/dz, times `token_weights` `[N]`, is written to `gradients`.
+    """The second walk: D `[N]`; dloss/dz is written to `gradients`.
 
     `peak` `[N]` is what the first walk measured, or None: then `gradients` still holds the
     exponentials that the first walk left there. `student` is what `combine` made of all shards.
@@ -139,14 +132,10 @@ def form_chunks(
     values = []
     for rows, chunk, out in chunks(scratch.dtype, logits, gradients):
         work, work_t = scratch.pair(chunk, out)
-        own_columns = take(columns, rows)
+        own = take(classes, rows)
         if peak is not None:
-            exponentiate(chunk, own_columns, config, work, work_t, peak[rows])
-        weights = None if token_weights is None else token_weights[rows]
-        own_student, own_targets = take(student, rows), take(targets, rows)
-        values.append(
-            form(own_student, own_targets, own_columns, config, weights, work, work_t, out)
-        )
+            exponentiate(chunk, own, config, work, work_t, peak[rows])
+        values.append(form(take(student, rows), own, config, work, work_t, out))
     return torch.cat(values)
 
 
@@ -162,19 +151,13 @@ class FusedLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         gradients: Tensor | None,
-        columns: Columns,
-        targets: Targets,
+        classes: Classes,
         config: KDLossConfig,
         group: ProcessGroup | None,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        scratch = Scratch(targets.probs.dtype, config)
-        if group is None:
-            value, student = whole_pass(logits, gradients, columns, targets, config, scratch)
-        else:
-            value, student = sharded_pass(
-                logits, gradients, columns, targets, config, group, scratch
-            )
+        walked = (logits, gradients, classes, config, Scratch(classes.probs.dtype, config))
+        value, student = whole_pass(*walked) if group is None else sharded_pass(*walked, group)
         loss, kd_loss, sft_loss = weigh(value, student, config)
         ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
         ctx.set_materialize_grads(False)
@@ -186,7 +169,7 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         weights = grad_outputs[0]
         if weights is None:
-            return (None,) * 7
+            return (None,) * 6
         (gradients,) = ctx.saved_tensors
         # In place the saved gradient is scaled where it lies, so that no third tensor of all the
         # logits exists. Otherwise it stays as it is, and the graph may be walked again.
@@ -200,7 +183,7 @@ class FusedLoss(torch.autograd.Function):
             else:
                 # In float32: a weight rounded to bfloat16 would be off for its whole row.
                 out.copy_(scratch.get("work", source).copy_(source).mul_(weight))
-        return scaled, *(None,) * 6
+        return scaled, *(None,) * 5
 
 
 def weigh(value: Tensor, student: Student, config: KDLossConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.chunk import Columns, combine, concatenate, divergence, take
+from nemo_kd.loss.chunk import Classes, combine, concatenate, divergence, take
 from nemo_kd.loss.fused import Scratch, form_chunks, measure_chunks, weigh, whole_pass
-from nemo_kd.loss.objective import KDLossConfig, Targets
+from nemo_kd.loss.objective import KDLossConfig
 from nemo_kd.loss.prepare import Student
 from nemo_kd.vocab_parallel import all_gather, all_reduce_sum, reduce_scatter_sum
 
@@ -37,14 +37,14 @@ class FusedLinearLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        token_weights: Tensor,
-        columns: Columns,
-        targets: Targets,
+        classes: Classes,
         config: KDLossConfig,
         group: ProcessGroup | None,
         sequence_parallel: bool,
         needs_grad: bool,
     ) -> tuple[Tensor, ...]:
+        token_weights = classes.token_weights
+        assert token_weights is not None
         rows = hidden.reshape(-1, hidden.shape[-1])
         if sequence_parallel:
             # Every rank needs the hidden states of all tokens for its vocab shard.
@@ -53,15 +53,12 @@ class FusedLinearLoss(torch.autograd.Function):
         if needs_grad and hidden.requires_grad:
             hidden_grad = torch.empty_like(rows)
         if needs_grad and weight.requires_grad:
-            weight_grad = weight.new_zeros(weight.shape, dtype=targets.probs.dtype)
+            weight_grad = weight.new_zeros(weight.shape, dtype=classes.probs.dtype)
         layer = _OutputLayer(rows, weight.to(rows.dtype), hidden_grad, weight_grad)
         largest = torch.cat([token_weights.abs(), token_weights.new_zeros(1)]).amax()
         unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        walked = (layer, columns, targets, config, token_weights / unit)
-        if group is None:
-            value, student = _whole_walk(*walked)
-        else:
-            value, student = _sharded_walk(*walked, group)
+        walked = (layer, classes._replace(token_weights=token_weights / unit), config)
+        value, student = _whole_walk(*walked) if group is None else _sharded_walk(*walked, group)
         if hidden_grad is not None:
             # Every shard's logits contribute to the hidden states; with sequence parallelism each
             # rank keeps its own tokens of the sum.
@@ -78,7 +75,7 @@ class FusedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         if scale is None:
-            return (None,) * 9
+            return (None,) * 7
         hidden_grad, weight_grad, unit = ctx.saved_tensors
         scale = scale * unit
         # In place: each gradient is as large as its tensor, and nothing else refers to it.
@@ -86,7 +83,7 @@ class FusedLinearLoss(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(scale)
         if weight_grad is not None:
             weight_grad = _hand_over(weight_grad.mul_(scale), ctx.weight)
-        return hidden_grad, weight_grad, *(None,) * 7
+        return hidden_grad, weight_grad, *(None,) * 5
 
 
 class _OutputLayer:
@@ -128,19 +125,14 @@ class _OutputLayer:
 
 
 def _whole_walk(
-    layer: _OutputLayer,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    token_weights: Tensor,
+    layer: _OutputLayer, classes: Classes, config: KDLossConfig
 ) -> tuple[Tensor, Student]:
     """D `[N]` and the student, of a whole vocabulary. The gradient of a block overwrites it."""
-    scratch = Scratch(targets.probs.dtype, config)
+    scratch = Scratch(classes.probs.dtype, config)
     values, students = [], []
     for part, logits in layer.blocks():
         gradients = logits if layer.needs_grad else None
-        own = (take(columns, part), take(targets, part), config, scratch, token_weights[part])
-        value, student = whole_pass(logits, gradients, *own)
+        value, student = whole_pass(logits, gradients, take(classes, part), config, scratch)
         layer.accumulate(part, logits)
         values.append(value)
         students.append(student)
@@ -148,29 +140,23 @@ def _whole_walk(
 
 
 def _sharded_walk(
-    layer: _OutputLayer,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    token_weights: Tensor,
-    group: ProcessGroup,
+    layer: _OutputLayer, classes: Classes, config: KDLossConfig, group: ProcessGroup
 ) -> tuple[Tensor, Student]:
     """The same for a vocab shard: every block's logits are computed twice, rather than kept."""
-    scratch = Scratch(targets.probs.dtype, config)
+    scratch = Scratch(classes.probs.dtype, config)
     local = concatenate(
         [
-            measure_chunks(logits, None, take(columns, part), config, scratch)
+            measure_chunks(logits, None, take(classes, part), config, scratch)
             for part, logits in layer.blocks()
         ]
     )
     student = combine(local, config, group)
     if not layer.needs_grad:
-        return divergence(student, targets, config)[0], student
+        return divergence(student, classes, config)[0], student
     values = []
     for part, logits in layer.blocks():
-        own = (take(student, part), take(columns, part), take(targets, part), config, scratch)
-        peak = local.peak[part]
-        values.append(form_chunks(logits, logits, peak, *own, token_weights[part]))
+        own = (local.peak[part], take(student, part), take(classes, part))
+        values.append(form_chunks(logits, logits, *own, config, scratch))
         layer.accumulate(part, logits)
     return torch.cat(values), student
 
