@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,10 @@ SMALL = {
         "model.optim.sched.warmup_steps=1",
     ],
 }
+
+
+# The README says that this is the same as the script.
+TRAIN = "nemo-kd train"
 
 
 def lines_of(text: str) -> Iterator[str]:
@@ -197,6 +202,7 @@ def test_the_three_steps_of_the_readme_run(
         for script, settings in SMALL.items():
             if script in command:
                 command = shlex.join([*shlex.split(command), *settings])
+        command = command.replace("torchrun --nproc-per-node 8 examples/train_kd_sft.py", TRAIN)
         command = command.replace("torchrun --nproc-per-node 8", "python")
         run = subprocess.run(
             ["bash", "-c", command],
@@ -211,3 +217,24 @@ def test_the_three_steps_of_the_readme_run(
     assert num_run == 6
     assert (tmp_path / "kd.nemo").exists()
     assert (tmp_path / "kd-hf" / "config.json").exists()
+
+
+def test_the_data_and_the_models_of_the_cluster_page(tmp_path: Path) -> None:
+    """The commands that split the data and unpack the models, on files that stand for them."""
+    lines = [f'{{"input": "{number}", "output": "x"}}' for number in range(1100)]
+    (tmp_path / "all.jsonl").write_text("".join(line + "\n" for line in lines))
+    (tmp_path / "model_config.yaml").write_text("a: 1\n")
+    for name in ("teacher", "student"):
+        with tarfile.open(tmp_path / f"{name}.nemo", "w") as tar:
+            tar.add(tmp_path / "model_config.yaml", "model_config.yaml")
+    page = blocks(ROOT / "docs" / "cluster.md", "bash")
+    chosen = [block for block in page if "shuf" in block or "tar -xf" in block]
+    assert len(chosen) == 2
+    for block in chosen:
+        subprocess.run(["bash", "-ec", block], cwd=tmp_path, check=True)
+    heldout, train = (
+        (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("heldout", "train")
+    )
+    assert len(heldout) == 1000
+    assert sorted([*heldout, *train]) == sorted(lines)
+    assert (tmp_path / "student" / "model_config.yaml").exists()
