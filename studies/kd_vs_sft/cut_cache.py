@@ -1,4 +1,4 @@
-"""Write the cache of a smaller K from one of a larger, whose values are rounded once more.
+"""Write a cache of a smaller K from a cache of a larger K. The values are rounded once more.
 
 python studies/kd_vs_sft/cut_cache.py cache-500 cache-20 --k 20
 """
@@ -23,7 +23,7 @@ def main() -> None:
     manifest = source.manifest
     if manifest.selection["kind"] != "top_k" or manifest.selection["k"] < arguments.k:
         parser.error(f"{arguments.source}: expected top_k of --k or more, got {manifest.selection}")
-    # The type of the values is the codec's, which finds its own.
+    # value_type is left empty, because it follows from the codec.
     selection = manifest.selection | {"k": arguments.k}
     smaller = replace(manifest, selection=selection, codec="packed", value_type="")
     writer = CacheWriter.open(arguments.output, smaller)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def cut(sample: Sample, k: int) -> Sample:
-    """The k most probable entries of each row; the others' mass joins the tail."""
+    """The k most probable entries of each row; the probability of the others joins the tail."""
     order = np.argsort(-sample.topk_log_probs, axis=1, kind="stable")
     ids = np.take_along_axis(sample.topk_ids, order, axis=1)
     log_probs = np.take_along_axis(sample.topk_log_probs, order, axis=1)
