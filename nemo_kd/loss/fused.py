@@ -1,9 +1,7 @@
 """The fused passes: they walk the logits in chunks of tokens and form dloss/dz as they go.
 
-`whole_pass` is for a whole vocabulary and reads the logits once. A sharded vocabulary is walked
-twice, because the normalisers of a row need every shard: `measure_chunks` collects what this shard
-says of each row, `combine` asks all shards in two collectives, however many chunks there are, and
-`form_chunks` computes the divergence and the gradient.
+`whole_pass` is for a whole vocabulary, `sharded_pass` for one vocab shard of several. Both take the
+logits from a source: `Logits` here, or the output layer of linear.py, which computes them.
 """
 
 from collections.abc import Iterator
@@ -56,19 +54,29 @@ class Scratch:
         return self._tensors[name][: len(chunk)]
 
 
-def whole_pass(
-    logits: Tensor,
-    gradients: Tensor | None,
-    classes: Classes,
-    config: KDLossConfig,
-    scratch: Scratch,
-) -> tuple[Tensor, Student]:
-    """D `[N]` and the student's statistics, from the logits `[..., V]` of a whole vocabulary.
+class Logits:
+    """Logits `[..., Vp]` and `gradients`, the memory for dloss/dz, or None: no gradient is formed.
 
-    Writes dloss/dz to `gradients`, which may be the logits' memory.
+    `gradients` may be the logits' own memory. A pass walks a source like this one in chunks.
     """
+
+    def __init__(self, logits: Tensor, gradients: Tensor | None, dtype: torch.dtype) -> None:
+        self.logits, self.gradients, self.dtype = logits, gradients, dtype
+        self.needs_grad = gradients is not None
+        # In the computing type, that memory can carry the exponentials from one walk to the next.
+        self.keeps_exponentials = gradients is not None and gradients.dtype == dtype
+
+    def walk(self, writes: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The rows of each chunk, its logits `[n, Vp]`, and what to write, if the walk `writes`."""
+        return chunks(self.dtype, self.logits, self.gradients if writes else None)
+
+
+def whole_pass(
+    source: Any, classes: Classes, config: KDLossConfig, scratch: Scratch
+) -> tuple[Tensor, Student]:
+    """D `[N]` and the student's statistics, of a whole vocabulary; the logits are read once."""
     values, students = [], []
-    for rows, chunk, out in chunks(scratch.dtype, logits, gradients):
+    for rows, chunk, out in source.walk(source.needs_grad):
         work, work_t = scratch.pair(chunk, out)
         own = take(classes, rows)
         student = combine(measure(chunk, own, config, work, work_t), config, None)
@@ -78,65 +86,28 @@ def whole_pass(
 
 
 def sharded_pass(
-    logits: Tensor,
-    gradients: Tensor | None,
-    classes: Classes,
-    config: KDLossConfig,
-    scratch: Scratch,
-    group: ProcessGroup,
+    source: Any, classes: Classes, config: KDLossConfig, scratch: Scratch, group: ProcessGroup
 ) -> tuple[Tensor, Student]:
-    """What `whole_pass` returns and writes, from one vocab shard `[..., Vp]`."""
-    # At T = 1 and in the computing type, the gradient's memory carries the exponentials from the
-    # first walk to the second one. In place they overwrite the logits, which are read no more.
-    carries = gradients is not None and gradients.dtype == scratch.dtype and config.temperature == 1
-    local = measure_chunks(logits, gradients if carries else None, classes, config, scratch)
-    student = combine(local, config, group)
-    if gradients is None:
-        return divergence(student, classes, config)[0], student
-    peak = None if carries else local.peak
-    return form_chunks(logits, gradients, peak, student, classes, config, scratch), student
-
-
-def measure_chunks(
-    logits: Tensor,
-    exponentials: Tensor | None,
-    classes: Classes,
-    config: KDLossConfig,
-    scratch: Scratch,
-) -> Local:
-    """The first walk over a vocab shard `[..., Vp]`: what it says of its rows.
-
-    Leaves exp(z - peak) in `exponentials`, of the computing type, if that memory is there.
-    """
+    """The same from one vocab shard, which is walked twice: a row's sums need every shard."""
+    # At T = 1 the gradient's memory may carry exp(z - peak) to the second walk. In place, it
+    # overwrites the logits, which are then read no more.
+    carries = source.keeps_exponentials and config.temperature == 1
     parts = []
-    for rows, chunk, out in chunks(scratch.dtype, logits, exponentials):
+    for rows, chunk, out in source.walk(carries):
         parts.append(measure(chunk, take(classes, rows), config, *scratch.pair(chunk, out)))
     local: Local = concatenate(parts)
-    return local
-
-
-def form_chunks(
-    logits: Tensor,
-    gradients: Tensor,
-    peak: Tensor | None,
-    student: Student,
-    classes: Classes,
-    config: KDLossConfig,
-    scratch: Scratch,
-) -> Tensor:
-    """The second walk: D `[N]`; dloss/dz is written to `gradients`.
-
-    `peak` `[N]` is what the first walk measured, or None: then `gradients` still holds the
-    exponentials that the first walk left there. `student` is what `combine` made of all shards.
-    """
+    # The collectives of all chunks at once: two, however many chunks there are.
+    student = combine(local, config, group)
+    if not source.needs_grad:
+        return divergence(student, classes, config)[0], student
     values = []
-    for rows, chunk, out in chunks(scratch.dtype, logits, gradients):
+    for rows, chunk, out in source.walk(True):
         work, work_t = scratch.pair(chunk, out)
         own = take(classes, rows)
-        if peak is not None:
-            exponentiate(chunk, own, config, work, work_t, peak[rows])
+        if not carries:
+            exponentiate(chunk, own, config, work, work_t, local.peak[rows])
         values.append(form(take(student, rows), own, config, work, work_t, out))
-    return torch.cat(values)
+    return torch.cat(values), student
 
 
 class FusedLoss(torch.autograd.Function):
@@ -156,7 +127,8 @@ class FusedLoss(torch.autograd.Function):
         group: ProcessGroup | None,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        walked = (logits, gradients, classes, config, Scratch(classes.probs.dtype, config))
+        scratch = Scratch(classes.probs.dtype, config)
+        walked = (Logits(logits, gradients, scratch.dtype), classes, config, scratch)
         value, student = whole_pass(*walked) if group is None else sharded_pass(*walked, group)
         loss, kd_loss, sft_loss = weigh(value, student, config)
         ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
