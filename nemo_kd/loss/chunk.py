@@ -42,7 +42,7 @@ def locate(
 ) -> Classes:
     """The classes of one call's rows, in this rank's vocab shard."""
     start, end = vocab_shard_range(shard_size, group)
-    ids = torch.cat([rows.ids.long(), rows.labels.long()[:, None]], dim=-1)
+    ids = torch.cat([rows.ids, rows.labels[:, None]], dim=-1)
     foreign = (ids < start) | (ids >= end)
     return Classes((ids - start).masked_fill_(foreign, 0), foreign, *rows.targets, token_weights)
 
@@ -106,14 +106,13 @@ def combine(local: Local, config: KDLossConfig, group: ProcessGroup | None) -> S
     log_sum, log_sum_t = all_reduce_sum(sums, group).log()
     top = maxima.amax(-1)
     below_top = maxima[:, -1] - top
-    logits = maxima[:, :-1] - top[:, None]
     log_sum = log_sum + below_top
     log_outside = log_sum_t = log_sum_t + below_top / config.temperature
     if config.tail == "bucket":
-        entries = logits[:, :-1]
+        entries = maxima[:, :-2] - top[:, None]
         log_sum = torch.logaddexp(log_sum, entries.logsumexp(-1))
         log_sum_t = torch.logaddexp(log_outside, (entries / config.temperature).logsumexp(-1))
-    return Student(logits, log_sum, log_sum_t, log_outside, local.peak - top)
+    return Student(maxima[:, :-1], top, log_sum, log_sum_t, log_outside, local.peak - top)
 
 
 def form(
@@ -146,12 +145,18 @@ def divergence(student: Student, classes: Classes, config: KDLossConfig) -> tupl
         jsd          dD/du = (1 - beta) s (log s - log m - KL(s||m)),  m = beta t + (1 - beta) s
     """
     absent, probs, log_probs = classes.absent, classes.probs, classes.log_probs
-    scaled = student.logits / config.temperature
-    if config.tail == "bucket":
-        scaled[:, -1] = student.log_outside
     if config.restricts_student:
+        # Relative to the largest of the classes, not of the vocabulary: the rounding of a distance
+        # of 1e4 would be an error in every difference between the classes.
+        own = student.logits[:, :-1].masked_fill(absent[:, :-1], -torch.inf)
+        largest = own.amax(-1)
+        largest = largest.where(largest > -torch.inf, student.top)
+        outside = student.log_outside + (student.top - largest) / config.temperature
+        own = (own - largest[:, None]) / config.temperature
+        scaled = torch.cat([own, outside[:, None]], dim=-1)
         log_s = scaled.masked_fill_(absent, -torch.inf).log_softmax(-1)
     else:
+        scaled = (student.logits - student.top[:, None]) / config.temperature
         log_s = scaled.sub_(student.log_sum_t[:, None])
     log_s.masked_fill_(absent, -torch.inf)  # also clears the NaN of a row without any class
     if config.divergence == "forward_kl":
@@ -192,9 +197,11 @@ def _form_gradient(
     and softmax(z/T)_j for label and drop. `class_gradient` (dD/du) is overwritten.
     """
     sparse = class_gradient.mul_(config.kd_loss_weight * config.temperature)
+    if config.kd_loss_weight == 0:
+        sparse.zero_()  # also where KD is NaN
     if config.tail == "bucket":
         # The entries were left out of the exponentials: their cells hold 0 and get all of theirs.
-        softmax = (student.logits[:, :-1] - student.log_sum[:, None]).exp_()
+        softmax = (student.logits[:, :-1] - student.top[:, None] - student.log_sum[:, None]).exp_()
         sparse[:, :-1].add_(softmax, alpha=config.sft_loss_weight)
         # Copied before the column becomes the label's.
         dense = sparse[:, -1].clone()

@@ -22,7 +22,7 @@ from nemo_kd.loss.chunk import (
     measure,
     take,
 )
-from nemo_kd.loss.objective import KDLossConfig
+from nemo_kd.loss.objective import KDLossConfig, weighted_sum
 from nemo_kd.loss.prepare import Student
 
 # The size of a chunk of tokens in the computing type. On a CPU a chunk has to stay in the cache
@@ -48,8 +48,8 @@ class Scratch:
         return work, self.get("work_t", chunk) if self.needs_work_t else work
 
     def get(self, name: str, chunk: Tensor) -> Tensor:
-        """The memory of this name for a chunk; the first chunk that asks for it is the largest."""
-        if name not in self._tensors:
+        """The memory of this name for a chunk; grows, as chunks without a flat view may differ."""
+        if name not in self._tensors or len(self._tensors[name]) < len(chunk):
             self._tensors[name] = chunk.new_empty(chunk.shape, dtype=self.dtype)
         return self._tensors[name][: len(chunk)]
 
@@ -161,8 +161,8 @@ class FusedLoss(torch.autograd.Function):
 def weigh(value: Tensor, student: Student, config: KDLossConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, KD loss and SFT loss `[N]` of D `[N]` and the student's statistics."""
     kd_loss = value * config.temperature**2
-    sft_loss = student.log_sum - student.logits[:, -1]
-    return config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss, kd_loss, sft_loss
+    sft_loss = student.log_sum - (student.logits[:, -1] - student.top)
+    return weighted_sum(kd_loss, sft_loss, config), kd_loss, sft_loss
 
 
 def chunks(

@@ -31,9 +31,7 @@ class KDLossConfig:
     """
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    tail: Literal["renormalize", "bucket", "label", "drop"] = (
-        "label"  # the best one in docs/study.md
-    )
+    tail: Literal["renormalize", "bucket", "label", "drop"] = "label"  # the best in docs/study.md
     temperature: float = 1.0
     jsd_beta: float = 0.5  # m = beta * teacher + (1 - beta) * student; only jsd reads it
     kd_loss_weight: float = 1.0
@@ -74,6 +72,15 @@ class KDLossConfig:
     def restricts_student(self) -> bool:
         """Whether s is normalised over the row's classes; otherwise it is over the vocabulary."""
         return self.tail in ("renormalize", "bucket")
+
+
+def weighted_sum(kd_loss: Tensor, sft_loss: Tensor, config: KDLossConfig) -> Tensor:
+    """The loss. A weight of 0 turns its term off, also where the term is infinite or NaN."""
+    if config.kd_loss_weight == 0:
+        return config.sft_loss_weight * sft_loss
+    if config.sft_loss_weight == 0:
+        return config.kd_loss_weight * kd_loss
+    return config.kd_loss_weight * kd_loss + config.sft_loss_weight * sft_loss
 
 
 class KDLossOutput(NamedTuple):
@@ -127,10 +134,10 @@ def make_targets(
         entries = entries.masked_fill(is_label, -torch.inf)
     classes = torch.cat([entries, extra], dim=-1)
     present = torch.cat([valid, has_extra], dim=-1)
-    has_mass = classes.amax(-1, keepdim=True) > -torch.inf
-    present &= valid.any(-1, keepdim=True) & has_mass
+    # "Not -inf" and not "above -inf", because a NaN of the teacher has to show in the loss.
+    present &= valid.any(-1, keepdim=True) & (classes != -torch.inf).any(-1, keepdim=True)
     if config.divergence == "reverse_kl":
-        present &= classes > -torch.inf
+        present &= classes != -torch.inf
     # log_softmax subtracts the largest log-prob first. Subtracting a logsumexp would round every
     # target of a row of log-probs near -500 by the same 3e-5, and the targets would not sum to 1.
     target = classes.log_softmax(-1).masked_fill_(~present, -torch.inf)

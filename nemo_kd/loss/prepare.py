@@ -19,24 +19,23 @@ class Rows(NamedTuple):
     shape: torch.Size  # the caller's leading dimensions, with N elements
     labels: Tensor  # [N] int64
     log_probs: Tensor  # [N, K] float, as the teacher's row was stored
-    ids: Tensor  # [N, K] int, -1 marks an empty entry
+    ids: Tensor  # [N, K] int64, -1 marks an empty entry
     targets: Targets  # [N, K + 1]
 
 
 class Student(NamedTuple):
     """What the passes learn about the student, for N tokens; the same on every rank but `offset`.
 
-    All logits are relative to the maximum of their row: the float32 log-sum-exp of logits near 1e4
+    The sums are relative to the maximum of their row: the float32 log-sum-exp of logits near 1e4
     would lose the third decimal of the loss.
     """
 
-    logits: Tensor  # [N, K + 1] z - max at the entries and the label; -inf for an empty entry
-    log_sum: Tensor  # [N] log sum exp(z - max) over the vocabulary
-    log_sum_t: Tensor  # [N] log sum exp((z - max) / T) over the vocabulary
-    log_outside: (
-        Tensor  # [N] log_sum_t over the ids outside the row (tail "bucket"; else log_sum_t)
-    )
-    offset: Tensor  # [N] this rank's peak (see fused.Local) minus the row's maximum
+    logits: Tensor  # [N, K + 1] z at the entries and the label; -inf for an empty entry
+    top: Tensor  # [N] max z over the vocabulary
+    log_sum: Tensor  # [N] log sum exp(z - top) over the vocabulary
+    log_sum_t: Tensor  # [N] log sum exp((z - top) / T) over the vocabulary
+    log_outside: Tensor  # [N] log_sum_t, with tail "bucket" over the ids outside the row only
+    offset: Tensor  # [N] this rank's peak (see chunk.Local) minus top
 
 
 def prepare(
@@ -54,9 +53,14 @@ def prepare(
     float64 logits are computed in float64, all others in float32. The teacher gets no gradient.
 
     Raises:
-        ValueError: a shape does not fit, the tail is missing, or (on CPU, or with NEMO_KD_DEBUG=1)
-            an id or a label is outside the vocabulary or a row names an id twice.
+        ValueError: a shape does not fit, ids or labels are no integers, the tail is missing, or (on
+            CPU, or with NEMO_KD_DEBUG=1) an id or a label is outside the vocabulary or a row names
+            an id twice.
     """
+    for name, values in (("teacher_topk_ids", ids), ("labels", labels)):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(f"expected {name} of an integer type, got {values.dtype}")
+    ids, labels = ids.long(), labels.long()
     _check_shapes(shape, labels, log_probs, ids, tail_log_probs, config)
     # Reading a value back makes the host wait for the GPU, so CUDA ids are checked on request only.
     if ids.numel() > 0 and (not ids.is_cuda or os.environ.get("NEMO_KD_DEBUG") == "1"):
@@ -92,7 +96,7 @@ def _metrics(student: Student, rows: Rows, config: KDLossConfig) -> dict[str, Te
     """`[N]` each, at temperature T; 0 for a row without entries."""
     targets = rows.targets
     stored = rows.log_probs.to(targets.probs.dtype).masked_fill(rows.ids < 0, -torch.inf)
-    entries = student.logits[:, :-1]
+    entries = student.logits[:, :-1] - student.top[:, None]
     at_largest = entries.gather(1, stored.argmax(-1, keepdim=True))[:, 0]
     student_log_probs = entries / config.temperature - student.log_sum_t[:, None]
     entropy_terms = (targets.probs * targets.log_probs).masked_fill_(targets.probs == 0, 0)
@@ -100,7 +104,6 @@ def _metrics(student: Student, rows: Rows, config: KDLossConfig) -> dict[str, Te
         "teacher_topk_mass": stored.exp().sum(-1),
         "student_topk_mass": student_log_probs.exp().sum(-1),
         "teacher_entropy": -entropy_terms.sum(-1),
-        # The student's largest logit is 0, because its logits are relative to the row's maximum.
         "top1_agreement": (at_largest == 0).to(stored.dtype),
     }
 
@@ -142,13 +145,16 @@ def _check_shapes(
 
 
 def _check_ids(vocab_size: int, labels: Tensor, ids: Tensor) -> None:
-    for name, values, low in (("teacher_topk_ids", ids, -1), ("labels", labels, 0)):
+    for name, values, low, remedy in (
+        ("teacher_topk_ids", ids, -1, "dump a cache with the student's tokenizer"),
+        ("labels", labels, 0, "where the loss is masked, use any id instead of -100"),
+    ):
         smallest, largest = (int(value) for value in values.aminmax())
         if smallest < low or largest >= vocab_size:
             wrong = smallest if smallest < low else largest
             raise ValueError(
                 f"expected {name} from {low} to {vocab_size - 1}, got {wrong}; the student's "
-                f"vocabulary has V={vocab_size} entries; dump a cache with the student's tokenizer"
+                f"vocabulary has V={vocab_size} entries; {remedy}"
             )
     ordered = ids.sort(dim=-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
