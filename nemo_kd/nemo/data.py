@@ -1,28 +1,41 @@
-"""The student's data on NeMo: checks of a data section, and caches in the place of jsonl."""
+"""The student's data on NeMo: checks of a data section, caches as datasets, and the loader."""
 
 import os
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
-from unittest.mock import patch
 
-from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
+    get_datasets_weights_and_num_samples,
+)
+from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from omegaconf import DictConfig
 
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.nemo.dataset import GPTSFTKDDataset
 from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
 from nemo_kd.nemo.resume import WholePassSampler
+from nemo_kd.process import shield_workers
+
+
+def caches_of(data: DictConfig) -> list[str]:
+    """The cache directories among a data section's files."""
+    return [path for path in data.file_names if os.path.isdir(path)]
 
 
 def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
     """Check `model.data.train_ds` or `model.data.validation_ds` before a dataset is built.
 
+    Args:
+        data: The section.
+        model: The model's config.
+        is_train: Which of the two it is.
+
     Raises:
         ValueError: A file, a size or a metric of the section does not fit.
     """
     section = f"model.data.{'train_ds' if is_train else 'validation_ds'}"
-    caches = [path for path in data.file_names if os.path.isdir(path)]
+    caches = caches_of(data)
     if is_train and len(caches) < len(data.file_names):
         raise ValueError(
             f"model.data.train_ds.file_names: expected cache directories, got "
@@ -30,8 +43,13 @@ def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
         )
     if data.get("packed_sequence", False) and data.micro_batch_size != 1:
         raise ValueError(
-            f"expected {section}.micro_batch_size=1 with packed_sequence=true, because a pack is "
+            f"expected {section}.micro_batch_size=1 with packed_sequence=true, a pack being "
             f"the micro batch, got {data.micro_batch_size}"
+        )
+    if model.get("expert_model_parallel_size", 1) > 1 and not data.get("pad_to_max_length", False):
+        raise ValueError(
+            f"expected {section}.pad_to_max_length=true with expert parallelism, got false: "
+            "Megatron's experts take sequences of one length"
         )
     context_size = model.get("context_parallel_size", 1)
     num_slices = 2 * context_size if context_size > 1 else 1
@@ -53,36 +71,87 @@ def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
             )
 
 
-def opening_caches(
-    kd_config: KDLossConfig, context_parallel_size: int
-) -> AbstractContextManager[Any]:
-    """Within it, MegatronGPTSFTModel opens a directory among `file_names` as a cache.
-
-    NeMo's `_build_dataset` looks its classes up in its module and takes no others.
-    """
-    samples = partial(GPTSFTKDDataset, kd_config=kd_config)
-    packs = partial(
-        GPTSFTKDPackedDataset, kd_config=kd_config, context_parallel_size=context_parallel_size
+def training_blend(
+    data: DictConfig, model: DictConfig, tokenizer: Any, config: KDLossConfig, max_steps: int
+) -> BlendableDataset:
+    """The training caches in one dataset, as NeMo's MegatronGPTSFTModel blends its jsonl files."""
+    weights = data.concat_sampling_probabilities
+    prefix = [value for pair in zip(weights, data.file_names, strict=True) for value in pair]
+    _, _, counts = get_datasets_weights_and_num_samples(
+        prefix, [max_steps * data.global_batch_size]
     )
-    classes = {
-        "GPTSFTDataset": samples,
-        "GPTSFTChatDataset": samples,
-        "GPTSFTPackedDataset": packs,
+    datasets = [
+        cache_dataset(path, data, model, tokenizer, config, max_num_samples=count)
+        for path, (count,) in zip(data.file_names, counts, strict=True)
+    ]
+    packed = data.get("packed_sequence", False)
+    size = sum(map(len, datasets)) if packed else sum(count for (count,) in counts)
+    return BlendableDataset(datasets=datasets, weights=weights, size=size)
+
+
+def cache_dataset(
+    path: str,
+    data: DictConfig,
+    model: DictConfig,
+    tokenizer: Any,
+    config: KDLossConfig,
+    max_num_samples: int | None = None,
+) -> GPTSFTKDDataset | GPTSFTKDPackedDataset:
+    """A cache as NeMo's SFT dataset, with those of its settings that a cache leaves open."""
+    multiple = 16
+    if model.get("sequence_parallel", False):
+        multiple = 8 * model.get("tensor_model_parallel_size", 1)
+    settings = {
+        "kd_config": config,
+        "max_seq_length": data.max_seq_length,
+        "min_seq_length": data.min_seq_length,
+        "pad_seq_length_to_mult": multiple * model.get("context_parallel_size", 1),
+        "pad_to_max_length": data.get("pad_to_max_length", False),
+        "ceil_to_power_2": data.get("ceil_to_power_2", False),
+        "get_attention_mask_from_fusion": data.get("get_attention_mask_from_fusion", True),
+        "tokens_to_generate": data.get("tokens_to_generate", 0),  # which lengthens a batch
+        "max_num_samples": max_num_samples,
+        "seed": data.get("seed", 1234),
     }
-    return patch.multiple(
-        megatron_gpt_sft_model,
-        **{
-            name: partial(_open, getattr(megatron_gpt_sft_model, name), of_cache)
-            for name, of_cache in classes.items()
-        },
+    if not data.get("packed_sequence", False):
+        return GPTSFTKDDataset(path, tokenizer, **settings)
+    return GPTSFTKDPackedDataset(
+        path,
+        tokenizer,
+        context_parallel_size=model.get("context_parallel_size", 1),
+        return_cu_seqlen=data.get("packed_sequence_return_cu_seqlen", True),
+        **settings,
     )
 
 
-def _open(of_jsonl: Any, of_cache: Any, *, file_path: str, **settings: Any) -> Any:
-    dataset_class = of_cache if os.path.isdir(file_path) else of_jsonl
-    return dataset_class(file_path=file_path, **settings)
+def build_loader(
+    dataset: Any, data: DictConfig, consumed_samples: int
+) -> torch.utils.data.DataLoader[Any]:
+    """NeMo's data loader, whose sampler is as long as the whole pass and whose workers are ours.
 
-
-def sampling_whole_passes() -> AbstractContextManager[Any]:
-    """Within it, MegatronGPTSFTModel's data loaders have WholePassSampler, for the same reason."""
-    return patch.object(megatron_gpt_sft_model, "MegatronPretrainingBatchSampler", WholePassSampler)
+    Args:
+        dataset: The blend of the training caches, or one validation set.
+        data: Its section.
+        consumed_samples: The place in the data that a resumed run starts from.
+    """
+    first = dataset.datasets[0] if isinstance(dataset, BlendableDataset) else dataset
+    sampler = WholePassSampler(
+        total_samples=len(dataset),
+        consumed_samples=consumed_samples,
+        micro_batch_size=data.micro_batch_size,
+        global_batch_size=data.global_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        drop_last=data.drop_last,
+        pad_samples_to_global_batch_size=not data.drop_last,
+    )
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=first.collate_fn,
+        num_workers=data.num_workers,
+        pin_memory=data.pin_memory,
+        persistent_workers=data.num_workers > 0,
+    )
+    shield_workers(loader)
+    return loader

@@ -2,6 +2,7 @@
 
 import inspect
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -13,14 +14,19 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
-from nemo_kd.nemo.data import check_section, opening_caches, sampling_whole_passes
+from nemo_kd.nemo.data import (
+    build_loader,
+    cache_dataset,
+    caches_of,
+    check_section,
+    training_blend,
+)
 from nemo_kd.nemo.summary import Consumed
-from nemo_kd.process import shield_workers
 from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, MeanTerms, micro_batch_means, token_terms
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
@@ -29,12 +35,12 @@ SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
 
 @dataclass
 class MicroBatch:
-    """What one micro batch has beside the tensors that NeMo hands to the model.
+    """What travels beside the tensors that NeMo hands to the model, of one micro batch.
 
-    For each micro batch NeMo calls, in this order: `get_batch`, which makes this object;
+    NeMo calls, for each micro batch and in this order: `get_batch`, which makes it;
     `get_batch_on_this_context_parallel_rank`, which cuts it to this rank and adds mask and count;
     the model's forward, where the loss takes the rows and leaves the terms; and `loss_func`, which
-    reads the terms. The stage that has the loss does no other micro batch in between.
+    reads the terms. No other micro batch comes in between on the stage that has the loss.
     """
 
     rows: dict[str, Tensor]  # TEACHER_ROWS, [B, S, K] and [B, S]; empty for a jsonl
@@ -49,17 +55,18 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     A cache directory may stand wherever NeMo takes a jsonl: `data.train_ds.file_names` and
     `data.validation_ds.file_names`. `knowledge_distillation` in the config holds
-    DistillationConfig's fields. Beside what NeMo logs, training logs kd_loss, sft_loss, the loss's
-    metrics, and each step's weights and temperature; validation logs `validation_<name>_<set>`.
-    val_loss and validation_loss stay the cross entropy.
+    DistillationConfig's fields. Logged beside what NeMo logs: kd_loss, sft_loss and the loss's
+    metrics in training, and in validation `validation_<name>_<set>`; val_loss and validation_loss
+    stay the cross entropy. So are the weights and the temperature of each step.
 
     The checkpoints are those of MegatronGPTSFTModel, which restores them.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any) -> None:
-        settings = cfg.get("knowledge_distillation", {})
         self.distillation = read_settings(
-            DistillationConfig, settings, "model.knowledge_distillation"
+            DistillationConfig,
+            cfg.get("knowledge_distillation", {}),
+            "model.knowledge_distillation",
         )
         self.kd_config = self.distillation.at(0)  # the objective of the step at hand
         super().__init__(cfg, trainer=trainer)
@@ -69,8 +76,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._terms = MeanTerms()  # of the global batch
         self._validation_terms: defaultdict[int, MeanTerms] = defaultdict(MeanTerms)
 
-    # Model: Megatron has the logits without a copy only in GPTModel._postprocess, which calls
-    # output_layer and then compute_language_model_loss.
+    # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
+    # output_layer and then compute_language_model_loss. A forward without labels would copy them.
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
         model = super().model_provider_func(pre_process, post_process)
@@ -88,18 +95,24 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         return model
 
     def _hidden_for_logits(
-        self, layer: Any, forward: Any, hidden: Tensor, weight: Any = None, **more: Any
+        self,
+        layer: Any,
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        weight: Any = None,
+        **more: Any,
     ) -> Any:
-        """Return what the loss computes the logits from, or without teacher rows the logits."""
+        """Where the loss computes the logits itself, pass on what it computes them from."""
         if not self._micro_batch.rows:
             return forward(hidden, weight=weight, **more)
         return (hidden, layer.weight if weight is None else weight), None
 
-    def _token_losses(self, cross_entropy: Any, labels: Tensor, logits: Any) -> Tensor:
+    def _token_losses(
+        self, cross_entropy: Callable[..., Tensor], labels: Tensor, logits: Any
+    ) -> Tensor:
         """The loss of each token, [B, S], from labels [B, S] and logits [S, B, Vp].
 
-        With the output layer fused in, `logits` is (hidden, weight); in training the loss is then
-        that of the whole micro batch.
+        With the output layer fused in, from (hidden, weight) the loss of the micro batch.
         """
         micro_batch = self._micro_batch
         if not micro_batch.rows:
@@ -107,8 +120,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             micro_batch.token_terms = {"sft_loss": losses.detach()}
             return losses
         ids, log_probs, tails = (micro_batch.rows[name].transpose(0, 1) for name in TEACHER_ROWS)
-        # Forgotten here, so that their memory is free after the loss and no later forward pass
-        # takes them for its own.
+        # Taken: the rows' memory is free after the loss, and no later forward pass may find them.
         micro_batch.rows = {}
         rows = (labels.transpose(0, 1), log_probs, ids, tails)
         tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -133,7 +145,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         micro_batch = self._micro_batch
         weights = micro_batch.loss_mask.transpose(0, 1).float() / micro_batch.num_tokens
         device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # the output layer would have had its input cast
+        if torch.is_autocast_enabled(device):  # as it would have cast the output layer's input
             hidden = hidden.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return vocab_parallel_linear_kd_sft_loss(
@@ -146,21 +158,27 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 sequence_parallel=self.transformer_config.sequence_parallel,
             )
 
-    # Data: caches are opened where NeMo opens its jsonl files. The teacher's rows leave NeMo's
-    # batch in get_batch, because NeMo passes on only the keys that it knows.
+    # Data: caches are built where NeMo builds its datasets, and the teacher's rows go round
+    # NeMo's list of the keys that a pipeline stage needs.
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_section(data_cfg, self.cfg, is_train)
-        with opening_caches(self.kd_config, self.cfg.get("context_parallel_size", 1)):
-            return super()._build_dataset(data_cfg, is_train)
+        rest = (data_cfg, self.cfg, self.tokenizer, self.kd_config)
+        if is_train:
+            return training_blend(*rest, max_steps=self.trainer.max_steps)
+        datasets = []
+        for path in data_cfg.file_names:
+            if path in caches_of(data_cfg):
+                datasets.append(cache_dataset(path, *rest))
+            else:  # a jsonl, which NeMo builds by itself
+                alone = OmegaConf.merge(data_cfg, {"file_names": [path]})
+                datasets += super()._build_dataset(alone, is_train=False)
+        return datasets
 
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
     ) -> Any:
-        with sampling_whole_passes():
-            loader = super().build_data_loader(dataset, data_cfg, consumed_samples)
-        shield_workers(loader)
-        return loader
+        return build_loader(dataset, data_cfg, consumed_samples)
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)
@@ -182,8 +200,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         micro_batch.rows = {name: batch.pop(name) for name in rows}
         if rows:
             micro_batch.loss_mask = batch["loss_mask"]
-            is_packed = micro_batch.cu_seqlens is not None
-            if is_packed and parallel_state.get_context_parallel_world_size() > 1:
+            if (
+                micro_batch.cu_seqlens is not None
+                and parallel_state.get_context_parallel_world_size() > 1
+            ):
                 slice_packed_rows(micro_batch)
             micro_batch.num_tokens = batch["num_valid_tokens_in_ub"].clamp(min=1)
         return batch
@@ -212,13 +232,13 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
         if context_size > 1 and loss.requires_grad and schedule_multiplies_by_context_size():
-            # NeMo multiplies the loss by the CP size, which the mean of the gradients over DP x CP
-            # takes back. The schedule multiplies it once more, which is undone here.
+            # NeMo multiplies what is returned here by the CP size, which the mean of the gradients
+            # over DP x CP takes back; the schedule multiplies it once more.
             loss.register_hook(lambda gradient: gradient / context_size)
         return loss
 
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
-        batch, _, _ = next(dataloader_iter)  # taken as NeMo's fwd_bwd_step would
+        batch, _, _ = next(dataloader_iter)  # as NeMo's fwd_bwd_step would take it
         self.consumed.add(batch)
         return super().training_step_fwd_bwd_step_call(iter([batch]), forward_only)
 
@@ -227,7 +247,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     ) -> Any:
         self._validating = forward_only
         self._terms = MeanTerms()
-        # The trainer's step is restored with a checkpoint, and grows after all micro batches.
+        # The trainer's step is restored with a checkpoint, and moves on after all micro batches.
         self.kd_config = self.distillation.at(self.trainer.global_step)
         loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if not forward_only:
@@ -256,9 +276,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 def slice_packed_rows(micro_batch: MicroBatch) -> None:
     """Cut a micro batch's mask and rows to this rank's part of each packed sequence, in place.
 
-    NeMo cuts its own keys likewise, but later.
+    NeMo does the same with its own keys afterwards.
     """
-    import transformer_engine_torch  # NeMo imports it for the same cut
+    import transformer_engine_torch  # NeMo asks for it there as well
 
     bounds = micro_batch.cu_seqlens[0]
     bounds = bounds[: int(bounds.argmin())]  # on the host: the rest is padding
@@ -291,7 +311,7 @@ def means_on_every_rank(terms: MeanTerms) -> dict[str, Tensor]:
 def schedule_multiplies_by_context_size() -> bool:
     """Whether Megatron Core's schedule multiplies a loss by the context-parallel size.
 
-    It does in 0.12 and 0.13, by `output_tensor *= ...` in forward_step. No argument or attribute
-    says so, and the version of a release that stops it is unknown: the source is asked.
+    It does in 0.12 and 0.13, by `output_tensor *= ...` in forward_step. Read off the source: no
+    argument or attribute tells, and a version number would have to be guessed for other releases.
     """
     return "output_tensor *=" in inspect.getsource(schedules.forward_step)
