@@ -4,8 +4,8 @@ NeMo 2.4's Megatron models assume CUDA, Apex and Transformer Engine in a few doz
 answers each of them on the CPU (torch.distributed runs on gloo), so that the very same
 MegatronGPTSFTModel trains, validates and saves here. It is for development, tests and small runs.
 
-Off unless asked for: the entries call it for `trainer.accelerator=cpu`, and it refuses to start on
-a machine that has a GPU, where the unpatched code must run.
+The entries call it only for `trainer.accelerator=cpu`. It refuses to start on a machine that has a
+GPU, where the unpatched code must run.
 """
 
 import functools
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 CPU = torch.device("cpu")
 
-# What the local (not Transformer Engine) layers need, over whatever a checkpoint's config says.
+# What Megatron's local layers, which stand in for Transformer Engine's, need in a model's config.
 MODEL_OVERRIDES: dict[str, Any] = {
     "use_cpu_initialization": True,
     "transformer_engine": False,
@@ -34,6 +34,11 @@ MODEL_OVERRIDES: dict[str, Any] = {
     "apply_rope_fusion": False,
     "get_attention_mask_from_fusion": True,
 }
+
+CHECKPOINTED_ACTIVATIONS = tuple(
+    f"activations_checkpoint_{key}"
+    for key in ("granularity", "method", "num_layers", "layers_per_pipeline")
+)
 
 GPU_OPTIMIZERS = (
     "fused_adam",
@@ -76,12 +81,9 @@ def enable() -> None:
 def prepare_model_config(config: DictConfig, section: str = "model") -> None:
     """Set in a model's config, in place, what the local layers on a CPU need.
 
-    Args:
-        config: The model's.
-        section: Where the YAML has it, for the errors.
-
     Raises:
-        ValueError: The config asks for what the local layers cannot do.
+        ValueError: The config asks for what the local layers cannot do; `section` is its place in
+            the YAML, for the message.
     """
     for key in ("sequence_parallel", "fp8"):
         if config.get(key, False):
@@ -105,17 +107,15 @@ def prepare_model_config(config: DictConfig, section: str = "model") -> None:
                 "needs Transformer Engine, which runs on a GPU alone"
             )
     with open_dict(config):
-        for key, value in MODEL_OVERRIDES.items():
-            config[key] = value
-        for key in ("granularity", "method", "num_layers", "layers_per_pipeline"):
-            # read without a default by NeMo's validation step
-            config.setdefault(f"activations_checkpoint_{key}", None)
+        config.update(MODEL_OVERRIDES)
+        for key in CHECKPOINTED_ACTIVATIONS:
+            config.setdefault(key, None)  # NeMo's validation step reads it without a default
 
 
 def drop_overrides(config: DictConfig) -> None:
-    """Take out of a model's config, in place, what only the CPU needed: before it is saved.
+    """Take out of a model's config, in place, what only the CPU needed, before it is saved.
 
-    What reads the checkpoint then has NeMo's defaults, and Transformer Engine on a GPU.
+    The saved model then has NeMo's defaults, and Transformer Engine on a GPU.
     """
     with open_dict(config):
         for key in MODEL_OVERRIDES:
@@ -129,11 +129,10 @@ def prepare_trainer_config(config: DictConfig) -> None:
         config.trainer.precision = 32  # no mixed precision without a GPU
         optim = config.get("model", {}).get("optim")
         if optim is not None and optim.name in GPU_OPTIMIZERS:
-            # the same AdamW step, from torch; what is left out spreads it over GPUs
+            # torch's AdamW takes the same step. The keys left out spread that step over GPUs.
             taken = {"sched", *inspect.signature(torch.optim.AdamW).parameters}
-            config.model.optim = {key: optim[key] for key in optim if key in taken} | {
-                "name": "adamw"
-            }
+            kept = {key: optim[key] for key in optim if key in taken}
+            config.model.optim = kept | {"name": "adamw"}
         if config.get("exp_manager") is not None:
             config.exp_manager.log_tflops_per_sec_per_gpu = False
 
@@ -149,8 +148,8 @@ def _replace_apex_and_transformer_engine() -> None:
     from nemo.collections.nlp.parts import nlp_overrides
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
-    # NLPDDPStrategy refuses without Apex; its isinstance checks name Apex's optimizers, which
-    # nothing can be an instance of here.
+    # NLPDDPStrategy refuses to run without Apex. Its isinstance checks name Apex's optimizers: here
+    # they are classes that have no instances.
     nlp_overrides.HAVE_APEX = True
     for name in ("MegatronDistributedFusedAdam", "McoreDistributedOptimizer"):
         if not hasattr(nlp_overrides, name):
@@ -176,16 +175,16 @@ def _replace_apex_and_transformer_engine() -> None:
         set_defaults_if_not_set_tensor_model_parallel_attributes
     )
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
-    # Gradient clipping takes the norm with Apex's kernels.
+    # Gradient clipping computes the norm with Apex's kernels.
     clip_grads.multi_tensor_applier = local_multi_tensor_applier
     clip_grads.amp_C = SimpleNamespace(multi_tensor_l2norm=local_multi_tensor_l2_norm)
-    # get_params_for_weight_decay_optimization and the gradient clipping ask for them by isinstance.
+    # NeMo asks by isinstance for these norms, whose weights do not decay.
     utils.FusedLayerNorm = utils.FastLayerNorm = torch.nn.LayerNorm
     utils.MixedFusedRMSNorm = torch.nn.RMSNorm
 
 
 def _name_the_checkpoint_format() -> None:
-    """torch's writer of checkpoints asks for it; Megatron Core 0.12 calls it as it was before."""
+    """Give torch's writer of checkpoints the format that Megatron Core 0.12 does not pass to it."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
 
@@ -197,10 +196,10 @@ def _name_the_checkpoint_format() -> None:
 
 
 class _AdamW(torch.optim.AdamW):
-    """torch's, with `step` where Apex's FusedAdam has it: in the parameter group.
+    """torch's AdamW, with `step` in the parameter group, as Apex's FusedAdam has it.
 
-    NeMo's checkpoints shard whatever stands in a parameter's state as the parameter itself is
-    sharded, which a number cannot be.
+    NeMo's checkpoints shard all of a parameter's state as they shard the parameter. A number cannot
+    be sharded.
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -222,34 +221,29 @@ class _AdamW(torch.optim.AdamW):
 def _answer_cuda_calls_on_cpu() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
+    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
 
     cuda = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.manual_seed = torch.manual_seed
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.LongTensor, cuda.FloatTensor, cuda.IntTensor = (
-        torch.LongTensor,
-        torch.FloatTensor,
-        torch.IntTensor,
-    )
+    # Megatron keeps one state for each of its generators: here they are states of the CPU's.
+    cuda.get_rng_state = megatron_random._get_cuda_rng_state = get_rng_state
+    cuda.set_rng_state = megatron_random._set_cuda_rng_state = set_rng_state
+    for name in ("LongTensor", "FloatTensor", "IntTensor"):
+        setattr(cuda, name, getattr(torch, name))
     for name in ("set_device", "synchronize", "empty_cache", "Stream"):
-        setattr(cuda, name, nothing)
-
-    # The model-parallel generator states are kept as states of the CPU generator.
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self
+        setattr(cuda, name, lambda *_, **__: None)
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self
     for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same factory function, with device="cuda" read as the CPU and pinned memory as plain."""
+    """The same factory function, which takes device="cuda" for the CPU and does not pin memory."""
 
     @functools.wraps(factory)
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:

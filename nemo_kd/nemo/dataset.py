@@ -7,7 +7,7 @@ import xxhash
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
 
-from nemo_kd.cache import Sample, TopKCache
+from nemo_kd.cache import TopKCache
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.fit import check_fits
 from nemo_kd.student.rows import collate_rows, sample_rows
@@ -50,8 +50,9 @@ class GPTSFTKDDataset(GPTSFTDataset):
         self.kd_config = kd_config
         super().__init__(file_path, tokenizer, **nemo_settings)
 
-    def _load_dataset(self) -> None:  # NeMo opens the jsonl here
-        self.cache = TopKCache.open(self.file_path)
+    def _load_dataset(self) -> None:
+        """Opens the cache, where NeMo's opens the jsonl."""
+        self.cache = self.indexed_dataset = TopKCache.open(self.file_path)
         check_fits(
             self.cache,
             self.kd_config,
@@ -59,36 +60,34 @@ class GPTSFTKDDataset(GPTSFTDataset):
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             max_seq_length=self.max_seq_length,
         )
-        self.indexed_dataset = _AsDicts(self.cache)
 
     def _maybe_validate_prompt_template(self) -> None:
-        """The tokens are there already."""
+        """Does nothing: the cache has the tokens already."""
 
     def _build_samples_mapping(self) -> None:
-        # NeMo builds the same mapping, but leaves its seed at 1 whatever data.train_ds.seed is.
+        """NeMo's order, by `seed`: NeMo's own leaves it at 1 whatever data.train_ds.seed is."""
         self.samples_mapping = samples_mapping(self)
 
-    def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
-        tokens = example["tokens"].tolist()
-        context_length = example["context_length"]
-        answer = tokens[context_length:]
-        settings = self.cache.manifest.dataset
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Makes a sample of the cache what NeMo's makes of a line of the jsonl."""
+        if self.samples_mapping is not None:
+            index, _, _ = self.samples_mapping[index]
+        sample, manifest = self.cache[index], self.cache.manifest
+        tokens = sample.tokens.tolist()
+        context, answer = tokens[: sample.context_length], tokens[sample.context_length :]
+        settings = manifest.dataset
         if settings["add_eos"] and not settings["chat"] and answer[-1:] == [self.tokenizer.eos_id]:
-            answer = answer[:-1]  # NeMo's answers end before it
+            del answer[-1]  # NeMo's answers stop before the end token
         return {
             "input_ids": tokens,
-            "answer_start_idx": context_length,
-            "context_ids": tokens[:context_length],
-            "context_length": context_length,
+            "answer_start_idx": sample.context_length,
+            "context_ids": context,
+            "context_length": sample.context_length,
             "answer_ids": answer,
-            "metadata": {key: example[key] for key in example if key not in Sample._fields},
+            "metadata": {},
             "token_count": len(tokens),
-            "loss_mask": example["loss_mask"],
-            "rows": sample_rows(
-                Sample(**{name: example[name] for name in Sample._fields}),
-                self.kd_config,
-                self.cache.manifest.selection["temperature"],
-            ),
+            "loss_mask": sample.loss_mask,
+            "rows": sample_rows(sample, self.kd_config, manifest.selection["temperature"]),
         }
 
     def _build_loss_mask(self, processed_example: dict[str, Any]) -> list[int]:
@@ -106,20 +105,5 @@ def samples_mapping(dataset: Any) -> OnlineSampleMapping | None:
     if dataset.max_num_samples is None:
         return None
     return OnlineSampleMapping(
-        dataset_size=len(dataset.indexed_dataset),
-        num_samples=dataset.max_num_samples,
-        seed=dataset.seed,
+        len(dataset.indexed_dataset), dataset.max_num_samples, seed=dataset.seed
     )
-
-
-class _AsDicts:
-    """The cache's samples as NeMo's dataset takes them: dicts that it may add a key to."""
-
-    def __init__(self, cache: TopKCache) -> None:
-        self._cache = cache
-
-    def __len__(self) -> int:
-        return len(self._cache)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._cache[index]._asdict()

@@ -1,4 +1,4 @@
-"""The teacher run on NeMo 2.4: settings, data and model are checked and built, then run."""
+"""The teacher run on NeMo 2.4: checks and builds settings, data and model, and fills the cache."""
 
 from dataclasses import asdict
 from typing import Any
@@ -23,7 +23,7 @@ from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
 from nemo_kd.teacher.run import TeacherRun, parse_shards
 
-# Settings of `data` that say where and how to read, not what the tokens are.
+# Settings of `data` that say where and how to read, and do not change the tokens.
 _NOT_IN_MANIFEST = (
     "file_names",
     "hf_dataset",
@@ -32,6 +32,8 @@ _NOT_IN_MANIFEST = (
     "min_seq_length",
     "num_workers",
 )
+# Settings of `selection` that shape the rows of each kind.
+_SHAPES_ROWS = {"top_k": ("k",), "top_p": ("k", "p"), "sample": ("num_draws", "seed")}
 
 
 def dump_teacher_topk(config: DictConfig) -> None:
@@ -46,10 +48,10 @@ def dump_teacher_topk(config: DictConfig) -> None:
     prepare_accelerator(config)
     teacher = _merge_teacher_config(config, stored, data)
     trainer = _start_megatron(config, teacher, data)
-    # gloo, whose time-out is this job's own: NCCL's is shorter than a long file takes to read, or
-    # than the wait for a shard that another job holds.
+    # NCCL's time-out is shorter than the reading of a long file, or the wait for a shard that
+    # another job fills; this group of gloo's has its own.
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
-    # Before the weights are read: a broken line costs seconds, not the loading of a teacher.
+    # Checked before the weights are read, so that a broken line costs seconds.
     sources = _on_rank_zero(
         lambda: [check_source(path, data) for path in data.file_names], everyone
     )
@@ -63,8 +65,9 @@ def dump_teacher_topk(config: DictConfig) -> None:
             f"{selection.k}; lower selection.k"
         )
     samples = build_samples(model, data, sources)
+    row_settings = ("kind", "temperature", *_SHAPES_ROWS[selection.kind])
     manifest = Manifest(
-        selection=_selection_settings(selection),
+        selection={name: getattr(selection, name) for name in row_settings},
         codec=cache.codec,
         vocab_size=model.tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
@@ -77,16 +80,16 @@ def dump_teacher_topk(config: DictConfig) -> None:
         samples_per_shard=cache.samples_per_shard,
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
-    # Rank 0 creates the cache or refuses it, before any other rank looks into it.
+    # Rank 0 creates the cache or refuses it before any other rank looks into it.
     writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
     replica, forward = _replica_and_forward(model, selection)
     shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
     try:
         run = TeacherRun(writer, replica, forward, samples, data, cut_sample)
         run.fill(shards, shows_progress)
-        # No rank ends, and with it the job's process group, while another still fills a shard.
+        # A rank that ended would take the job's process group from those that still fill a shard.
         torch.distributed.barrier(everyone)
-    except RuntimeError:  # gloo's: what this rank waits for has ended, maybe by SIGTERM too
+    except RuntimeError:  # gloo's, when a rank that this one waits for has ended, maybe by SIGTERM
         replica.stop_if_asked_alone()
         raise
     if torch.distributed.get_rank() == 0:
@@ -151,39 +154,29 @@ def _merge_teacher_config(
     config: DictConfig, model_config: DictConfig, data: DataConfig
 ) -> DictConfig:
     """The .nemo's config, changed in place to what the run asks for and a forward pass needs."""
-    overrides = {key: value for key, value in config.teacher.items() if key != "restore_from_path"}
     with open_dict(model_config):
-        model_config.update(overrides)
+        model_config.update({k: v for k, v in config.teacher.items() if k != "restore_from_path"})
         model_config.precision = config.trainer.precision
         model_config.micro_batch_size = data.micro_batch_size
         model_config.answer_only_loss = data.answer_only_loss
         model_config.sep_id = data.sep_id
         model_config.data = {"chat": data.chat, "chat_prompt_tokens": data.chat_prompt_tokens}
-        model_config.optim = {"name": "adamw", "lr": 0.0}  # NeMo asks for its name
-        model_config.gradient_as_bucket_view = False  # and for this, with a GPU
-        # of the run that wrote the .nemo; a forward pass over whole sequences has no use for them
+        model_config.optim = {"name": "adamw", "lr": 0.0}  # NeMo reads its name
+        model_config.gradient_as_bucket_view = False  # read on a GPU
+        # What the run that wrote the .nemo had, and a forward pass over whole sequences has not.
         model_config.context_parallel_size = 1
         model_config.virtual_pipeline_model_parallel_size = None
         model_config.use_cpu_initialization = False
-        for key in ("granularity", "method", "num_layers", "layers_per_pipeline"):
-            model_config[f"activations_checkpoint_{key}"] = None
+        model_config.update(dict.fromkeys(cpu_backend.CHECKPOINTED_ACTIVATIONS))
     if config.trainer.accelerator == "cpu":
         cpu_backend.prepare_model_config(model_config, "teacher")
     return model_config
 
 
-def _selection_settings(selection: SelectionConfig) -> dict[str, Any]:
-    """The fields that shape the rows of this kind."""
-    names = {"top_k": ("k",), "top_p": ("k", "p"), "sample": ("num_draws", "seed")}
-    return {
-        name: getattr(selection, name) for name in ("kind", "temperature", *names[selection.kind])
-    }
-
-
 def _on_rank_zero(function: Any, group: Any) -> Any:
-    """Call it on global rank 0 and return its result on every rank.
+    """Call `function` on global rank 0 and return its result on every rank.
 
-    An exception of rank 0 is raised on every rank, so that none waits for the others.
+    Its ValueError or OSError is raised on every rank, so that no rank waits for rank 0.
     """
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -191,6 +184,7 @@ def _on_rank_zero(function: Any, group: Any) -> Any:
             outcome[0] = function()
         except (ValueError, OSError) as error:
             outcome[1] = error
+    # The other ranks wait here until rank 0 is done.
     torch.distributed.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]

@@ -40,7 +40,7 @@ def load_source(source: Path) -> tuple[Any, Any]:
         raise ValueError(
             f"source: expected model_type {' or '.join(MODEL_TYPES)}, got {config.model_type}"
         )
-    # The config in hand spares another reading of a GGUF file's metadata, which takes seconds.
+    # Given the config, transformers does not read a GGUF file's metadata again: it takes seconds.
     model = AutoModelForCausalLM.from_pretrained(
         directory, config=config, torch_dtype="auto", **file
     )
@@ -79,7 +79,7 @@ def from_gguf(tokenizer: Any, source: Path) -> Any:
 
 
 def for_spec(name: str, names: set[str]) -> str:
-    """Return `name` as the built model has it: only Transformer Engine's fuses its norms."""
+    """Return `name` as the built model has it; only Transformer Engine's layers fuse the norms."""
     if name in names:
         return name
     return name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
@@ -99,43 +99,39 @@ def import_hf_llama(config: DictConfig) -> None:
         raise ValueError(f"output: expected a path that ends in .nemo, got {config.output}")
     hf_model, tokenizer = load_source(Path(config.source))
     num_layers = hf_model.config.num_hidden_layers
-    layers = list(range(num_layers)) if config.keep_layers is None else list(config.keep_layers)
+    layers = list(range(num_layers) if config.keep_layers is None else config.keep_layers)
     if not layers or not all(0 <= layer < num_layers for layer in layers):
-        raise ValueError(
-            f"keep_layers: expected layers from 0 to {num_layers - 1}, got {list(layers)}"
-        )
+        raise ValueError(f"keep_layers: expected layers from 0 to {num_layers - 1}, got {layers}")
     tokenizer_directory = output.with_suffix(".tokenizer")
     model_config = OmegaConf.create(
         nemo_config(hf_model.config, str(tokenizer_directory), len(layers))
     )
-    biased = [
-        name for name in hf_model.state_dict() if re.search(r"(o|gate|up|down)_proj.bias", name)
-    ]
-    if biased:
-        raise ValueError(f"source: expected biases on q, k and v alone, got {biased[0]}")
+    for name in hf_model.state_dict():
+        if re.search(r"(o|gate|up|down)_proj.bias", name):
+            raise ValueError(f"source: expected biases on q, k and v alone, got {name}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tokenizer_directory, ignore_errors=True)
+    shutil.rmtree(tokenizer_directory, ignore_errors=True)  # no file of another tokenizer may stay
     tokenizer.save_pretrained(tokenizer_directory)
     model = build_model(model_config)
     (module,) = model.get_model_module_list()
     fill_model(module, hf_model, layers, model.padded_vocab_size)
     cpu_backend.drop_overrides(model.cfg)
     save_nemo(model, str(output))
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
     print(
-        f"{output}: {len(layers)} of {num_layers} layers, "
-        f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M parameters, "
+        f"{output}: {len(layers)} of {num_layers} layers, {num_parameters / 1e6:.1f}M parameters, "
         f"{hf_model.dtype}; tokenizer in {tokenizer_directory}"
     )
 
 
 def build_model(model_config: DictConfig) -> Any:
     """Return an untrained MegatronGPTSFTModel of this config, on the CPU of any machine."""
-    on_gpu_machine = torch.cuda.is_available()
-    if not on_gpu_machine:
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
         cpu_backend.enable()
     cpu_backend.prepare_model_config(model_config)
-    # In the container the model is built on the CPU too, of Transformer Engine's layers.
-    model_config.transformer_engine = on_gpu_machine
+    # With a GPU the model is built on the CPU too, but of Transformer Engine's layers.
+    model_config.transformer_engine = has_gpu
     run = OmegaConf.create(
         {
             "trainer": {"accelerator": "cpu", "devices": 1, "precision": 32, "logger": False},
@@ -165,11 +161,8 @@ def fill_model(module: Any, hf_model: Any, layers: list[int], padded_vocab_size:
     source = hf_model.state_dict()
     if hf_model.config.tie_word_embeddings:
         del source["lm_head.weight"]
-    num_groups = hf_model.config.num_key_value_heads
-    weights = {
-        for_spec(name, names): tensor
-        for name, tensor in to_megatron(source, num_groups, layers, padded_vocab_size)
-    }
+    pairs = to_megatron(source, hf_model.config.num_key_value_heads, layers, padded_vocab_size)
+    weights = {for_spec(name, names): tensor for name, tensor in pairs}
     if set(weights) != names:
         raise ValueError(
             f"source: its weights differ from NeMo's model in {sorted(set(weights) ^ names)}"

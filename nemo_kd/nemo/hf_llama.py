@@ -5,9 +5,9 @@ With h the hidden size, d the head size, g the key/value groups and q the query 
     linear_qkv  [g * (q + 2) * d, h]  by group: its q query heads, its key head, its value head
     linear_fc1  [2 * ffn, h]          gate rows, then up rows
 
-Everything else is one matrix in both. Megatron's names are those of its checkpoints, which have the
-layers along the first axis and are the same for every layer spec: Transformer Engine's, which fuses
-each norm into the linear layer behind it, gave them.
+Everything else is one matrix in both. Megatron's names are those of its checkpoints, which stack
+the layers along the first axis and are the same for every layer spec. They come from Transformer
+Engine's spec, which fuses each norm into the linear layer behind it.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")  # one architecture; qwen2 has a bias in q, k and v
 
@@ -44,7 +45,21 @@ ARCHITECTURE = {
     "position_embedding_type": "rope",
     "rotary_percentage": 1.0,
 }
-LLAMA3_ROPE = {  # NeMo's keys, with its defaults, and Hugging Face's
+# NeMo's keys, with what NeMo takes where a config leaves them out, and Hugging Face's.
+SIZES = {
+    ("num_layers", None): "num_hidden_layers",
+    ("hidden_size", None): "hidden_size",
+    ("ffn_hidden_size", None): "intermediate_size",
+    ("num_attention_heads", None): "num_attention_heads",
+    ("num_query_groups", None): "num_key_value_heads",  # None: num_attention_heads
+    ("kv_channels", None): "head_dim",  # None: hidden_size / num_attention_heads
+    ("max_position_embeddings", None): "max_position_embeddings",
+    ("init_method_std", 0.02): "initializer_range",
+    ("layernorm_epsilon", 1e-5): "rms_norm_eps",
+    ("rotary_base", 10000.0): "rope_theta",
+    ("share_embeddings_and_output_weights", True): "tie_word_embeddings",
+}
+LLAMA3_ROPE = {
     ("scale_factor", 8): "factor",
     ("low_freq_factor", 1): "low_freq_factor",
     ("high_freq_factor", 4): "high_freq_factor",
@@ -69,10 +84,8 @@ def to_megatron(
             continue
         tensor = source[hf_name]
         if name in VOCAB_ROWS:
-            padded = tensor.new_zeros(padded_vocab_size, tensor.shape[1])
-            num_rows = min(padded_vocab_size, len(tensor))
-            padded[:num_rows] = tensor[:num_rows]
-            tensor = padded
+            # A checkpoint with more rows than the padded vocabulary has them cut off.
+            tensor = pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
         yield name, tensor
     for new, old in enumerate(layers):
         for name, hf_names in LAYER.items():
@@ -137,37 +150,29 @@ def nemo_config(hf: Any, tokenizer_directory: str, num_layers: int) -> dict[str,
         hf.model_type == "mistral" and getattr(hf, "sliding_window", None)
     ):
         raise ValueError("source: sliding-window attention is not supported")
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     return {
+        **ARCHITECTURE,
+        **{key: getattr(hf, hf_key, None) for (key, _), hf_key in SIZES.items()},
+        "num_layers": num_layers,
+        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "encoder_seq_length": hf.max_position_embeddings,
+        "qkv_bias": hf.model_type == "qwen2" or getattr(hf, "attention_bias", False),
+        **_nemo_rope_scaling(hf),
+        "tokenizer": {"library": "huggingface", "type": tokenizer_directory, "use_fast": True},
+        # What every NeMo model's config has, whatever its architecture.
         "mcore_gpt": True,
         "micro_batch_size": 1,
         "global_batch_size": 1,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
-        "encoder_seq_length": hf.max_position_embeddings,
-        "max_position_embeddings": hf.max_position_embeddings,
-        "num_layers": num_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_query_groups": hf.num_key_value_heads,
-        "kv_channels": head_dim,
-        "init_method_std": hf.initializer_range,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "ffn_dropout": 0.0,
-        "layernorm_epsilon": hf.rms_norm_eps,
-        **ARCHITECTURE,
-        "qkv_bias": hf.model_type == "qwen2" or getattr(hf, "attention_bias", False),
-        "rotary_base": hf.rope_theta,
-        "share_embeddings_and_output_weights": hf.tie_word_embeddings,
         "make_vocab_size_divisible_by": 128,
         "apply_query_key_layer_scaling": False,
         "precision": 32,
-        "tokenizer": {"library": "huggingface", "type": tokenizer_directory, "use_fast": True},
         "optim": {"name": "adamw", "lr": 1e-5},
         "data": {},
-        **_nemo_rope_scaling(hf),
     }
 
 
@@ -210,22 +215,13 @@ def hf_config(nemo: Any, vocab_size: int, tokens: dict[str, int | None]) -> Any:
             raise ValueError(
                 f"source: expected a model of the Llama family, got one with {key}: {nemo[key]}"
             )
-    num_heads = nemo.num_attention_heads
-    head_dim = nemo.get("kv_channels") or nemo.hidden_size // num_heads
+    sizes = {hf_key: nemo.get(key, default) for (key, default), hf_key in SIZES.items()}
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or nemo.num_attention_heads
+    sizes["head_dim"] = sizes["head_dim"] or nemo.hidden_size // nemo.num_attention_heads
     return (Qwen2Config if nemo.get("qkv_bias", False) else LlamaConfig)(
         vocab_size=vocab_size,
-        hidden_size=nemo.hidden_size,
-        intermediate_size=nemo.ffn_hidden_size,
-        num_hidden_layers=nemo.num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=nemo.get("num_query_groups") or num_heads,
-        head_dim=head_dim,
-        max_position_embeddings=nemo.max_position_embeddings,
-        initializer_range=nemo.get("init_method_std", 0.02),
-        rms_norm_eps=nemo.get("layernorm_epsilon", 1e-5),
-        rope_theta=float(nemo.get("rotary_base", 10000)),
         rope_scaling=_hf_rope_scaling(nemo),
-        tie_word_embeddings=nemo.get("share_embeddings_and_output_weights", True),
+        **sizes,
         **tokens,
     )
 

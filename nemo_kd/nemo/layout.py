@@ -1,4 +1,4 @@
-"""Checks of a NeMo model's parallel layout, sequence lengths and batches."""
+"""Checks of a NeMo model's parallel layout and sequence lengths."""
 
 from omegaconf import DictConfig
 
@@ -6,14 +6,9 @@ from omegaconf import DictConfig
 def check_layout(model: DictConfig, num_processes: int, section: str) -> int:
     """Return the data-parallel size; refuse a model that the parallel sizes do not divide.
 
-    Args:
-        model: The model's config: its sizes and its parallel sizes.
-        num_processes: In all.
-        section: Where the YAML has it, for the errors.
-
     Raises:
         ValueError: The processes, heads, key/value groups, feed-forward size or layers do not
-            divide.
+            divide; `section` is the place of the model's config in the YAML, for the message.
     """
     tensor_size = model.tensor_model_parallel_size
     pipeline_size = model.pipeline_model_parallel_size
@@ -32,7 +27,7 @@ def check_layout(model: DictConfig, num_processes: int, section: str) -> int:
                 f"expected {section}.tensor_model_parallel_size to divide the model's {name}, "
                 f"{size}, got {tensor_size}"
             )
-    # Where stages are to hold other numbers of layers, Megatron checks them.
+    # If the config gives the stages different numbers of layers, Megatron checks them.
     uneven = ("_pipeline_stage", "_pipeline_split", "_parallel_layout")
     if not any(model[key] for key in model if key.endswith(uneven)):
         chunks = model.get("virtual_pipeline_model_parallel_size") or 1
@@ -48,13 +43,14 @@ def check_layout(model: DictConfig, num_processes: int, section: str) -> int:
 def check_sequence_length(model: DictConfig, section: str, max_seq_length: int, key: str) -> None:
     """Refuse sequences that are longer than the model's positions.
 
-    Of learned positions there are no more; with rotary ones the model has met no longer sequence.
+    A model with learned positions has no more of them. A model with rotary positions computes more,
+    but was trained on no longer sequence.
 
     Args:
         model: The model's config.
-        section: Where the YAML has it, for the error.
-        max_seq_length: Of the data, in tokens.
-        key: Where the YAML has that.
+        section: Its place in the YAML, for the message.
+        max_seq_length: The longest sequence of the data, in tokens.
+        key: The place of that in the YAML.
 
     Raises:
         ValueError: They are longer.

@@ -1,9 +1,9 @@
 """NeMo's LoRA (`model.peft`) on Megatron Core 0.12 and later.
 
-NeMo 2.4's attention with adapters, MCoreSelfAttentionMixin, has its own copy of the forward pass of
-an older Megatron Core, which Core's layers call with arguments that it does not know. Here Core's
-own forward runs instead: in it NeMo's get_query_key_value_tensors adds the adapters of q, k and v,
-and what is left of the copy, the adapter of the output projection, is added to its result.
+NeMo 2.4's attention with adapters, MCoreSelfAttentionMixin, has a copy of the forward pass of an
+older Megatron Core. Today's layers call it with arguments that it does not know, so that here
+Core's own forward pass runs in its place. It calls NeMo's get_query_key_value_tensors, which adds
+the adapters of q, k and v. The adapter of the output projection is added to the result.
 """
 
 from typing import Any
@@ -22,16 +22,11 @@ from nemo_kd.nemo.nemo_file import read_model_config
 def add_adapters(model: Any, peft: DictConfig) -> None:
     """Freeze the model and give it adapters, new ones or those of `peft.restore_from_path`.
 
-    As NeMo's megatron_gpt_finetuning.py does it. What the model saves from then on are the adapters
-    alone.
-
-    Args:
-        model: A MegatronGPTSFTModel whose config has `peft`.
-        peft: That section.
+    NeMo's megatron_gpt_finetuning.py does the same. From then on the model saves only its adapters.
 
     Raises:
-        ValueError: Another scheme than LoRA, a model that NeMo's adapters would change, or no such
-            .nemo.
+        ValueError: The scheme is not LoRA, NeMo's adapters would change the model, or the .nemo is
+            not there.
     """
     if peft.peft_scheme != "lora":
         raise ValueError(f"expected model.peft.peft_scheme=lora or null, got {peft.peft_scheme}")

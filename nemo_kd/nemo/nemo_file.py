@@ -1,24 +1,23 @@
-"""Reading the config of a .nemo, and writing a .nemo."""
+"""Opens a .nemo, a file or an unpacked directory, and writes one."""
 
 import os
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, open_dict
+from tqdm import tqdm
 
 
 def read_model_config(path: str, key: str) -> DictConfig:
     """Return the model config inside a .nemo file or an unpacked .nemo directory.
 
-    Args:
-        path: The .nemo.
-        key: The YAML key that named it, for the error.
-
     Raises:
-        ValueError: There is no such file, or it is no .nemo.
+        ValueError: There is no such file, or it is no .nemo; `key` is the YAML key that named it,
+            for the message.
     """
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
@@ -36,26 +35,61 @@ def read_model_config(path: str, key: str) -> DictConfig:
     config = MegatronGPTSFTModel.restore_from(path, return_config=True)
     if not config.get("mcore_gpt", False):
         raise ValueError(f"{key}: expected a Megatron Core model (mcore_gpt: true), got {path}")
-    tokenizer = config.get("tokenizer", {})
-    directory = tokenizer.get("type")
-    # A .nemo names a Hugging Face tokenizer by its path; one that stands beside it moved with it.
+    named = config.get("tokenizer", {}).get("type")
+    # A .nemo names a Hugging Face tokenizer by its path. If the .nemo has moved, the tokenizer that
+    # hf_import wrote beside it has moved too.
     beside = os.path.splitext(os.path.abspath(path))[0] + ".tokenizer"
-    if directory and not os.path.exists(directory) and os.path.isdir(beside):
+    if named and not os.path.exists(named) and os.path.isdir(beside):
         with open_dict(config):
             config.tokenizer.type = beside
     return config
 
 
-def save_nemo(model: Any, path: str) -> None:
-    """Write a .nemo, on every rank of the model, by one atomic rename.
+def load_weights(path: str, scratch: str) -> dict[str, torch.Tensor]:
+    """Return a .nemo's weights by Megatron's names, on the CPU, whatever layout wrote them.
 
-    NeMo collects the weights in the directory of the .nemo, under one name for all: two runs that
-    save there at once would mix theirs.
+    Args:
+        path: The .nemo.
+        scratch: A directory on a disk that holds the weights once more.
+
+    Raises:
+        ValueError: It holds no distributed checkpoint.
+    """
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
+        directory = path
+        if os.path.isfile(path):
+            directory = unpacked
+            with tarfile.open(path) as nemo:
+                members = [member for member in nemo if "model_weights/" in member.name]
+                shown = tqdm(members, "unpacking", unit="file", disable=None)
+                nemo.extractall(unpacked, shown, filter="data")
+        weights = os.path.join(directory, "model_weights")
+        if not os.path.isdir(weights):
+            raise ValueError(
+                f"source: expected a distributed checkpoint of a whole model (model_weights/) in "
+                f"{path}, found none: adapters alone, or a .nemo of an older NeMo, which NeMo "
+                "reads and saves anew"
+            )
+        if not torch.distributed.is_initialized():  # Megatron asks for a group, if only of one
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        tensors = load_plain_tensors(weights)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def save_nemo(model: Any, path: str) -> None:
+    """Write a .nemo by one atomic rename. Every rank of the model calls it.
+
+    NeMo collects the weights in the directory of the .nemo, under the same name for every .nemo.
+    Two runs that save into one directory would mix their weights, so that each has its own here.
     """
     target = Path(path).absolute()
     directory = target.parent / f".{target.name}.saving"
     directory.mkdir(parents=True, exist_ok=True)
     model.save_to(str(directory / target.name))
-    if torch.distributed.get_rank() == 0:  # NeMo's save of a whole model ends in a barrier
+    # NeMo's save of a whole model ends in a barrier, so that the other ranks are done by now.
+    if torch.distributed.get_rank() == 0:
         os.replace(directory / target.name, target)
         shutil.rmtree(directory)

@@ -1,6 +1,6 @@
 """Packed sequences out of a cache: several samples in one sequence, with their teacher rows."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -15,17 +15,17 @@ from nemo_kd.loss import KDLossConfig
 from nemo_kd.nemo.dataset import GPTSFTKDDataset, samples_mapping
 from nemo_kd.student.rows import collate_rows
 
-# NeMo's first_fit takes time by the square of the samples. Windows of so many fill packs to 98% and
-# take 4 to 9 s a million samples.
+# NeMo's first_fit takes time by the square of its samples, so that they are packed in windows.
+# Windows of this size fill packs to 98% and take 4 to 9 s for a million samples.
 _SAMPLES_PER_PACKING = 512
 
 
 class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
     """NeMo's packed SFT dataset over a cache directory: packs of samples, up to max_seq_length.
 
-    The samples are shuffled by the seed and packed by NeMo's first_fit, its first_fit_shuffle,
-    when the dataset is made: of the cache that reads the lengths alone. A batch is
-    GPTSFTPackedDataset's, with GPTSFTKDDataset's rows at the tokens they are for.
+    The samples are shuffled by the seed and packed by NeMo's first_fit when the dataset is made,
+    which reads only their lengths. A batch is GPTSFTPackedDataset's, with GPTSFTKDDataset's rows at
+    the tokens they are for.
 
     Args:
         file_path: The cache directory.
@@ -52,7 +52,8 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
         self.context_parallel_size = context_parallel_size
         super().__init__(file_path, tokenizer, **nemo_settings)
 
-    def _load_dataset(self) -> None:  # NeMo unpickles a .npy here
+    def _load_dataset(self) -> None:
+        """Packs the cache's samples, where NeMo's unpickles a .npy of packs."""
         self.samples = GPTSFTKDDataset(
             self.file_path,
             self.tokenizer,
@@ -60,17 +61,17 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
             max_seq_length=self.max_seq_length,
         )
         num_inputs = self._num_inputs(self.samples.cache.num_tokens())
-        self.indexed_dataset = _Packs(num_inputs, self.max_seq_length, self.seed)
+        self.indexed_dataset = pack_samples(num_inputs, self.max_seq_length, self.seed)
 
     def _num_inputs(self, num_tokens: Any) -> Any:
         """How many inputs a sample of so many tokens has in its pack."""
         if self.context_parallel_size == 1:
-            return num_tokens - 1  # the last one is a label alone
+            return num_tokens - 1  # the last token is only a label
         multiple = max(16, 2 * self.context_parallel_size)
         return np.minimum(-(-num_tokens // multiple) * multiple, self.max_seq_length)
 
     def _maybe_validate_prompt_template(self) -> None:
-        """The tokens are there already."""
+        """Does nothing: the cache has the tokens already."""
 
     def _build_samples_mapping(self) -> None:
         self.samples_mapping = samples_mapping(self)
@@ -86,13 +87,14 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
             tokens = sample["input_ids"]
             num_inputs = int(self._num_inputs(len(tokens)))
             num_padding = num_inputs + 1 - len(tokens)
-            start = boundaries[-1] - len(rows)  # among the inputs: each sample has one token more
+            # Among the pack's inputs, of which each sample before has one less than tokens.
+            start = boundaries[-1] - len(rows)
             rows.append(sample["rows"]._replace(positions=sample["rows"].positions + start))
             input_ids += tokens + [self.tokenizer.eos_id] * num_padding
             loss_mask += [*sample["loss_mask"][1:].tolist(), *[0] * (num_padding + 1)]
             boundaries.append(len(input_ids))
             num_tokens.append(min(len(tokens), num_inputs))
-        if index < 0:  # NeMo's padding of a batch
+        if index < 0:  # NeMo fills a batch up with sample -1
             loss_mask = [0] * len(loss_mask)
         return {
             "input_ids": input_ids,
@@ -123,28 +125,21 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
         return processed | collate_rows([item["rows"] for item in batch], length)
 
 
-class _Packs:
-    """Packs of samples: `packs[i]` is a list of the samples' numbers."""
+def pack_samples(num_inputs: Any, pack_size: int, seed: int) -> list[list[int]]:
+    """The samples' numbers, shuffled by the seed, in packs of at most `pack_size` inputs.
 
-    def __init__(self, num_inputs: Any, pack_size: int, seed: int) -> None:
-        order = np.random.default_rng(seed).permutation(len(num_inputs))
-        packed: list[int] = []
-        self._ends = [0]
-        for start in range(0, len(order), _SAMPLES_PER_PACKING):
-            window = order[start : start + _SAMPLES_PER_PACKING]
-            lengths = num_inputs[window].tolist()
-            of_length: defaultdict[int, list[int]] = defaultdict(list)
-            for number, length in zip(reversed(window.tolist()), reversed(lengths), strict=True):
-                of_length[length].append(number)
-            for pack in first_fit(lengths, pack_size):
-                packed += [of_length[length].pop() for length in pack]
-                self._ends.append(len(packed))
-        self._packed = np.array(packed)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> list[int]:
-        number = index + len(self) if index < 0 else index
-        samples: list[int] = self._packed[self._ends[number] : self._ends[number + 1]].tolist()
-        return samples
+    Args:
+        num_inputs: Of each sample, [samples].
+    """
+    order = np.random.default_rng(seed).permutation(len(num_inputs))
+    packs: list[list[int]] = []
+    for start in range(0, len(order), _SAMPLES_PER_PACKING):
+        window = order[start : start + _SAMPLES_PER_PACKING].tolist()
+        # first_fit packs lengths: each stands for the next of the window's samples of that length.
+        lengths = [int(num_inputs[sample]) for sample in window]
+        of_length: defaultdict[int, deque[int]] = defaultdict(deque)
+        for sample, length in zip(window, lengths, strict=True):
+            of_length[length].append(sample)
+        for pack in first_fit(lengths, pack_size):
+            packs.append([of_length[length].popleft() for length in pack])
+    return packs

@@ -1,12 +1,12 @@
-"""A run that was stopped goes on as if it had not been: what NeMo's resume leaves undone.
+"""A stopped run resumes as if it had not been stopped: what NeMo's resume leaves undone.
 
 exp_manager (`resume_if_exists`) restores weights, optimizer, schedule and the place in the data.
-Added here: a checkpoint on SIGTERM wherever NeMo runs, and the counts by which Lightning validates,
-logs and ends.
+This file adds a checkpoint on SIGTERM wherever NeMo runs, and the counts by which Lightning
+validates, logs and ends.
 """
 
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -16,20 +16,20 @@ from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_sampler
 )
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import StatelessTimer, exp_manager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_kd.process import exit_stopped
 
 
 def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
-    """NeMo's exp_manager, with StopOnSigterm for its create_preemption_callback.
+    """Call NeMo's exp_manager, with StopOnSigterm in the place of its own preemption callback.
 
     Raises:
-        ValueError: The checkpoints' names would not hold the place in the data.
+        ValueError: The names of the checkpoints would leave out the place in the data.
     """
     if config is None:
         return
-    config = OmegaConf.merge(config)  # a copy
+    config = config.copy()
     names = config.get("checkpoint_callback_params", {}).get("filename")
     if config.get("create_checkpoint_callback", True) and "{consumed_samples}" not in str(names):
         raise ValueError(
@@ -43,31 +43,34 @@ def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
     exp_manager(trainer, config)
     checkpoint: Any = trainer.checkpoint_callback
     if checkpoint is not None and trainer.ckpt_path:
-        # By this name it is removed for the next one: of two, NeMo would know none to resume from.
+        # The next checkpoint then replaces the one resumed from: NeMo refuses to resume from two.
         checkpoint.last_model_path = trainer.ckpt_path.removesuffix(".ckpt") + ".ckpt"
 
 
 def exit_if_out_of_time(trainer: Trainer) -> None:
     """End the process if exp_manager.max_time_per_run ended the training before its last step.
 
-    Such a training returns as a finished one does. Rank 0's clock decides for all.
+    Lightning returns from such a training as from a finished one.
     """
     timers = [timer for timer in trainer.callbacks if isinstance(timer, StatelessTimer)]
     is_over = any(timer.time_remaining() <= 0 for timer in timers)
+    # Clocks differ, so that rank 0's decides. If some ranks went on to the save without the others,
+    # they would hang in its collectives.
     if trainer.strategy.broadcast(is_over and trainer.global_step < trainer.max_steps):
-        exit_stopped(
-            f"stopped by its time limit after step {trainer.global_step}; the same command goes on "
-            "from the last checkpoint"
-            if trainer.is_global_zero
-            else None
-        )
+        _exit(trainer, "its time limit", "the same command resumes from the last checkpoint")
+
+
+def _exit(trainer: Trainer, cause: str, advice: str) -> NoReturn:
+    message = f"stopped by {cause} after step {trainer.global_step}; {advice}"
+    exit_stopped(message if trainer.is_global_zero else None)
 
 
 class StopOnSigterm(Callback):
-    """SIGTERM, with which Slurm preempts: the run ends before its next step, with a checkpoint.
+    """On SIGTERM, with which Slurm preempts, writes a checkpoint and ends the run.
 
-    As NeMo's PreemptionCallback, but on a CPU too; when any rank has the signal; after a validation
-    that the step ends in; and with an exit status that no scheduler takes for success.
+    NeMo's PreemptionCallback does so on a GPU, if rank 0 has the signal, and with the status of
+    success. This one runs on a CPU too, reacts to a signal of any rank, waits for the validation
+    that a step may end in, and exits with a status that no scheduler takes for success.
     """
 
     def __init__(self) -> None:
@@ -77,11 +80,12 @@ class StopOnSigterm(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
         if trainer.checkpoint_callback is not None:
-            # Slurm signals the children too. That of Megatron's checkpoint writer, which it starts
-            # at the first checkpoint and keeps, ignores what this process ignores at its start.
+            # Slurm signals the children too. Megatron's checkpoint writer starts one at the first
+            # checkpoint and keeps it. Started now, the child inherits that SIGTERM is ignored.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _get_write_results_queue()
-        # For Lightning's own handler, which would end each rank at another step, unsaved.
+        # Replaces Lightning's handler, which would end each rank at another step, without a
+        # checkpoint.
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: Any) -> None:
@@ -89,6 +93,7 @@ class StopOnSigterm(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         asked = torch.tensor(self._asked, dtype=torch.int32, device=torch.cuda.current_device())
+        # All ranks stop before the same step; otherwise the others would hang in a collective.
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if not asked:
             return
@@ -98,20 +103,19 @@ class StopOnSigterm(Callback):
             if step not in (self._first_step, checkpoint._last_global_step_saved):
                 checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
             for callback in trainer.callbacks:
+                # Waits for a checkpoint that is written in the background.
                 if isinstance(callback, AsyncFinalizerCallback):
                     callback.on_train_end(trainer)
             saved = f"the same command goes on from there: {checkpoint.dirpath}"
-        exit_stopped(
-            f"stopped by SIGTERM after step {step}; {saved}" if trainer.is_global_zero else None
-        )
+        _exit(trainer, "SIGTERM", saved)
 
 
 class ExactCounts(Callback):
-    """Counts a resumed run's steps on from where they were.
+    """Sets a resumed run's counts to the number of steps that were taken.
 
-    Checkpoints are written inside a step, before Lightning has counted all of it: what resumes from
-    one would log under a step that was there, and might validate one step late. NeMo has one batch
-    a step and one pass over all steps' samples, so that every count is the number of steps.
+    Checkpoints are written inside a step, before Lightning has counted all of it. A run resumed
+    from one would log a step's number twice, and might validate one step late. NeMo has one batch a
+    step and one pass over the samples of all steps, so that every count is the number of steps.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -121,20 +125,18 @@ class ExactCounts(Callback):
             count.ready = count.started = count.processed = count.completed = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        # NeMo's SkipResumeTrainingValidationLoop, which is not to repeat a validation before the
-        # first step, would leave out that after it too.
+        # While it is set, NeMo's SkipResumeTrainingValidationLoop skips validations: not only a
+        # repeated one before the first step, but that after the first step too.
         trainer.fit_loop.epoch_loop.restarting = False
 
 
 class WholePassSampler(MegatronPretrainingBatchSampler):
-    """NeMo's sampler, as long as the pass that a resumed run goes on with.
+    """NeMo's sampler, with the length of the whole pass that a resumed run continues.
 
-    NeMo's is as long as what is left of it, to which Lightning adds the batches before the resume:
-    the pass would seem over too early, and begin again at the place of the resume.
+    NeMo's own has the length of what is left of the pass. Lightning counts the batches before the
+    resume too, so that the pass would end too early and begin again at the place of the resume.
     """
 
     def __len__(self) -> int:
-        whole: int = self.total_samples // self.global_batch_size
-        if not self.drop_last and self.total_samples % self.global_batch_size:
-            whole += 1
-        return whole
+        incomplete = 0 if self.drop_last else self.global_batch_size - 1
+        return (self.total_samples + incomplete) // self.global_batch_size

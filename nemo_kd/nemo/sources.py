@@ -1,4 +1,4 @@
-"""What the teacher run reads: jsonl, checked line by line; NeMo's samples; the teacher's files."""
+"""What the teacher run reads: jsonl files, NeMo's samples of them, and the teacher's files."""
 
 import json
 import os
@@ -16,7 +16,9 @@ from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
 from nemo_kd.config import DataConfig
 
-_LAYOUT_KEYS = (
+# Keys of `teacher` that leave the logits as they are.
+_NOT_IN_FINGERPRINT = (
+    "restore_from_path",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "sequence_parallel",
@@ -24,43 +26,45 @@ _LAYOUT_KEYS = (
 
 
 def check_source(path: str, data: DataConfig) -> SourceFile:
-    """Read a jsonl once: each line a JSON object with the keys that the samples are made of.
+    """Read a jsonl once; each line must be a JSON object with the keys of `data`'s samples.
 
     Raises:
-        ValueError: It is not; names the file and the line.
+        ValueError: A line is not, or there is none; names the file and the line.
     """
     if not os.path.isfile(path):
         raise ValueError(f"data.file_names: expected jsonl files, found no {path}")
     if not os.path.getsize(path):
         raise ValueError(f"{path}: expected samples, found an empty file")
     with open(path, "rb") as lines:
-        blank = 0
+        blank = None  # the first of a row of blank lines, which only the end of a file may have
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 blank = blank or number
                 continue
+            fault = _fault_of_line(line, data)
             if blank:
-                raise ValueError(f"{path}, line {blank}: expected a JSON object, got a blank line")
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            missing = [
-                key for key in data.keys if not isinstance(record, dict) or key not in record
-            ]
-            if missing:
-                raise ValueError(
-                    f"{path}, line {number}: expected the keys {', '.join(data.keys)}, "
-                    f"found no {', '.join(missing)}; mend the line, or set data.prompt_template "
-                    "and data.label_key to the file's keys"
-                )
-            if data.chat and (fault := fault_of_conversation(record)) is not None:
+                number, fault = blank, "expected a JSON object, got a blank line"
+            if fault:
                 raise ValueError(f"{path}, line {number}: {fault}")
     return fingerprint_file(path)
 
 
+def _fault_of_line(line: bytes, data: DataConfig) -> str | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    missing = [key for key in data.keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        return (
+            f"expected the keys {', '.join(data.keys)}, found no {', '.join(missing)}; mend the "
+            "line, or set data.prompt_template and data.label_key to the file's keys"
+        )
+    return fault_of_conversation(record) if data.chat else None
+
+
 def fault_of_conversation(record: dict[str, Any]) -> str | None:
-    """What NeMo's chat dataset would fail at, in the middle of the run."""
+    """Say what NeMo's chat dataset would fail at in the middle of the run; None if at nothing."""
     turns, masked, kind = record["conversations"], record.get("mask", "User"), record.get("type")
     if not isinstance(record["system"], str):
         return f"expected a text as system, got {record['system']!r}"
@@ -81,8 +85,8 @@ def fault_of_conversation(record: dict[str, Any]) -> str | None:
             f"expected mask, the speakers that are not learnt from (default User), to name some of "
             f"{', '.join(sorted(set(speakers)))}, separated by commas, got {masked!r}"
         )
-    # NeMo never learns from the first turn, but from the start of every masked one after the second
-    # (TEXT_TO_VALUE: the first), and from what follows the last turn if that one is not masked.
+    # NeMo never learns from the first turn. It learns from the start of each masked turn after the
+    # second (TEXT_TO_VALUE: the first), and from the end of the last turn unless that is masked.
     if len(turns) < (2 if kind == "TEXT_TO_VALUE" else 3) and speakers[-1] in masked:
         return f"expected a turn to learn from, but mask {masked!r} leaves none"
     return None
@@ -91,7 +95,8 @@ def fault_of_conversation(record: dict[str, Any]) -> str | None:
 def build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> ConcatDataset[Any]:
     """The samples of all files in their order, by NeMo's own dataset."""
     if data.index_mapping_dir is None:
-        # NeMo keeps an index of the lines and never looks whether the file changed since.
+        # NeMo keeps an index of the lines, and uses it even if the file has changed since. In a
+        # directory named by the content, an index is always that of the file.
         content = xxhash.xxh3_64_hexdigest("".join(source.xxh3_128 for source in sources).encode())
         index_dir = os.path.join(tempfile.gettempdir(), f"nemo-kd-{os.getuid()}-{content}")
         os.makedirs(index_dir, mode=0o700, exist_ok=True)
@@ -102,12 +107,12 @@ def build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> Co
     settings = OmegaConf.create(asdict(data) | {"index_mapping_dir": index_dir})
     datasets = model._build_dataset(settings, is_train=False)
     for dataset in datasets:
-        dataset.is_test = False  # which would take a missing label for an empty one
+        dataset.is_test = False  # when true, a missing label counts as an empty one
     return ConcatDataset(datasets)
 
 
 def cut_sample(item: dict[str, Any], dataset: Any) -> tuple[Any, Any, int]:
-    """tokens int32 [T], loss mask uint8 [T] and context length, as NeMo's collate cuts them."""
+    """Return tokens int32 [T], loss mask uint8 [T] and context length, cut as NeMo cuts them."""
     longest = dataset.max_seq_length
     # GPTSFTChatDataset computes its mask with the tokens, GPTSFTDataset when it collates.
     mask = item["mask"] if "mask" in item else dataset._build_loss_mask(item)
@@ -118,18 +123,16 @@ def cut_sample(item: dict[str, Any], dataset: Any) -> tuple[Any, Any, int]:
 
 
 def fingerprint_teacher(config: DictConfig) -> str:
-    """Hash of the checkpoint, and of all that shapes its logits but the parallel layout.
+    """Hash the checkpoint, and all settings that shape its logits.
 
-    Of a file its size and blocks spaced evenly: 700 GB take no longer than 1 GB.
+    Of each file the size and some blocks are read, so that 700 GB take no longer than 1 GB.
     """
     block, num_blocks = 1 << 16, 64
     path = Path(config.teacher.restore_from_path)
-    settings: Any = OmegaConf.to_container(config.teacher, resolve=True)
-    for key in ("restore_from_path", *_LAYOUT_KEYS):
-        settings.pop(key, None)
-    digest = xxhash.xxh3_128(
-        json.dumps([settings, str(config.trainer.precision)], sort_keys=True).encode()
-    )
+    teacher: Any = OmegaConf.to_container(config.teacher, resolve=True)
+    settings = {key: teacher[key] for key in teacher if key not in _NOT_IN_FINGERPRINT}
+    content = json.dumps([settings, str(config.trainer.precision)], sort_keys=True)
+    digest = xxhash.xxh3_128(content.encode())
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         size = file.stat().st_size

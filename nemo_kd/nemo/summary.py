@@ -12,10 +12,10 @@ TRAINED = ("reduced_train_loss", "kd_loss", "sft_loss", "top1_agreement")
 
 
 class ClosingSummary(Callback):
-    """Measures a training run; `report` says what it did.
+    """Measures a training run, and says in `report` what it did.
 
-    Tokens are those of the samples, without padding; a pack of samples counts as one. The rate
-    leaves out validation and the checkpoints that follow it.
+    Tokens are those of the samples, without padding. A pack counts as one sample. The rate leaves
+    out validation and the checkpoints that follow it.
     """
 
     def __init__(self) -> None:
@@ -45,21 +45,18 @@ class ClosingSummary(Callback):
         ]
 
     def report(self, trainer: Any, save_to: str | None) -> str:
-        """What was done, the last metrics, and where the weights lie; after fit and the save."""
+        """What was done, the last metrics, and where the weights lie: after the save."""
         steps = trainer.global_step - self._first_step if self._lines else 0
         lines = [f"trained {steps:,} steps, to step {trainer.global_step:,}", *self._lines]
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        training = {name: metrics[name] for name in TRAINED if name in metrics}
-        prefix = "validation_"
-        validation = {
-            name.removeprefix(prefix): value
-            for name, value in metrics.items()
-            if name.startswith(prefix)
+        metrics = trainer.callback_metrics
+        names = {
+            "training: ": [name for name in TRAINED if name in metrics],
+            "validation: ": [name for name in metrics if name.startswith("validation_")],
         }
-        for title, values in (("training", training), ("validation", validation)):
+        for title, shown in names.items():
+            values = [f"{name.removeprefix('validation_')} {metrics[name]:.5g}" for name in shown]
             if values:
-                shown = ", ".join(f"{name} {value:.5g}" for name, value in values.items())
-                lines.append(f"{title}: {shown}")
+                lines.append(title + ", ".join(values))
         callback = trainer.checkpoint_callback
         paths = {
             "best checkpoint": _on_disk(getattr(callback, "best_model_path", "")),
@@ -71,7 +68,7 @@ class ClosingSummary(Callback):
 
 
 class Consumed:
-    """What this process has trained on: counted on the host, as its batches come."""
+    """Counts on the host, batch by batch, what this process has trained on."""
 
     names = ("samples", "tokens", "supervised_tokens")
 
@@ -84,11 +81,9 @@ class Consumed:
         self._counts += torch.tensor([len(lengths), sum(lengths), int(batch["loss_mask"].sum())])
 
     def totals(self) -> dict[str, int]:
-        """The sums over the student's replicas, on every rank.
-
-        Ranks of one replica (tensor, pipeline and context parallel) had the same batches.
-        """
+        """The sums over the student's replicas, on every rank; a collective of all ranks."""
         counts = self._counts.to(torch.cuda.current_device())
+        # Over replicas only: the ranks of one replica have counted the same batches.
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         return dict(zip(self.names, counts.tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""The student run on NeMo 2.4: settings checked, model restored, trained and saved."""
+"""The student run on NeMo 2.4: checks the settings, restores the model, trains and saves it."""
 
 import importlib.util
 from pathlib import Path
@@ -40,9 +40,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def check_optimizer(optim: DictConfig) -> None:
-    """Refuse an optimizer or a schedule that NeMo does not have.
-
-    NeMo looks for them after it has read the weights.
+    """Refuse an optimizer or a schedule that NeMo does not have, before NeMo reads the weights.
 
     Raises:
         ValueError: There is none of that name.
@@ -64,9 +62,9 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
     """Check the student's layout and its batches against each other.
 
     Raises:
-        ValueError: The parallel sizes do not divide the model, or micro batches on all replicas
-            not a global batch; sequences are longer than the student's; or a list has another
-            length than that of the files.
+        ValueError: The parallel sizes do not divide the model; the micro batches of all replicas
+            do not divide a global batch; sequences are longer than the student's; or a list and
+            the list of files differ in length.
     """
     num_replicas = check_layout(model, num_processes, "model")
     for name in ("train_ds", "validation_ds"):
@@ -88,10 +86,17 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
 
 
 def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
-    """The .nemo's config under the run's, as NeMo's MegatronGPTSFTModel.merge_cfg_with has it."""
+    """The .nemo's config, changed to what the run asks for.
+
+    NeMo's MegatronGPTSFTModel.merge_cfg_with does so too, but replaces whole sections, so that
+    +model.tokenizer.type=... would drop the tokenizer's other keys.
+
+    Raises:
+        ValueError: A file of the data is not there.
+    """
     train_ds, validation_ds = config.model.data.train_ds, config.model.data.validation_ds
     with open_dict(student):
-        student.data, student.optim = {}, {}  # of the run that wrote the .nemo
+        student.data, student.optim = {}, {}  # those of the run that wrote the .nemo
         merged: Any = OmegaConf.merge(student, config.model)
         merged.micro_batch_size = train_ds.micro_batch_size
         merged.global_batch_size = train_ds.global_batch_size
@@ -113,11 +118,11 @@ def train_kd_sft(config: DictConfig) -> None:
         ValueError: A setting, the student or a cache does not fit.
     """
     student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
-    check_settings(config)  # before a CPU takes the place of what it cannot do
+    check_settings(config)  # before prepare_accelerator, which replaces what a CPU cannot do
     prepare_accelerator(config)
     validates = config.trainer.max_steps == 0
     if validates and config.exp_manager is not None:
-        # of model.restore_from_path, not of the checkpoint of an earlier run
+        # The weights of model.restore_from_path are wanted, not an earlier run's checkpoint.
         config.exp_manager.resume_if_exists = False
     model_config = merge_model_config(config, student)
 
@@ -126,7 +131,7 @@ def train_kd_sft(config: DictConfig) -> None:
     from nemo_kd.nemo.summary import ClosingSummary
 
     with open_dict(config):
-        config.model = model_config  # what the trainer's plugins read of it is the .nemo's too
+        config.model = model_config  # the trainer's plugins read keys that only the .nemo has
     trainer = build_trainer(config)
     check_batches(model_config, trainer.world_size)
     start_exp_manager(trainer, config.exp_manager)
@@ -142,7 +147,7 @@ def train_kd_sft(config: DictConfig) -> None:
     trainer.callbacks.append(summary)
     try:
         (trainer.validate if validates else trainer.fit)(model)
-    except SIGTERMException:  # Lightning's, outside of training; it says 0, as if all were done
+    except SIGTERMException:  # outside of training; Lightning's status would be 0, a success
         exit_stopped("stopped by SIGTERM" if trainer.is_global_zero else None)
     if validates:
         return

@@ -1,7 +1,7 @@
 """From a Hydra config to a running NeMo: the trainer and the process groups.
 
-The trainer is the one that NeMo's own fine-tuning script builds; on the CPU backend it differs in
-the process group's backend alone.
+The trainer is the one that NeMo's own fine-tuning script builds. On the CPU only the backend of the
+process groups differs.
 """
 
 import os
@@ -12,11 +12,25 @@ from omegaconf import DictConfig
 
 from nemo_kd.nemo import cpu_backend
 
+# Keys of a model's config that decide the process groups and the number of micro batches; NeMo has
+# a default for each.
+_GROUP_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "use_tp_pp_dp_mapping",
+    "use_te_rng_tracker",
+)
+
 
 def prepare_accelerator(config: DictConfig) -> None:
     """Check `config.trainer` against the machine and, for accelerator=cpu, turn the backend on.
 
-    Under torchrun and srun their numbers of processes and nodes are taken over.
+    Under torchrun or srun, the numbers of devices and nodes are those that it started.
 
     Raises:
         ValueError: A GPU is asked for and there is none, or the CPU and there is a GPU.
@@ -40,14 +54,12 @@ def take_over_launcher(config: DictConfig) -> None:
     """Set `config.trainer`'s devices and num_nodes to what torchrun or srun started."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:  # also within srun, as Lightning has it
-        config.trainer.devices = int(environment["LOCAL_WORLD_SIZE"])
-        config.trainer.num_nodes = int(environment["GROUP_WORLD_SIZE"])
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # first, because torchrun may run within srun
+        config.trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        config.trainer.num_nodes = int(os.environ["GROUP_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
-        num_nodes = int(environment["SLURM_NNODES"])
-        config.trainer.devices = int(environment["SLURM_NTASKS"]) // num_nodes
-        config.trainer.num_nodes = num_nodes
+        config.trainer.num_nodes = int(os.environ["SLURM_NNODES"])
+        config.trainer.devices = int(os.environ["SLURM_NTASKS"]) // config.trainer.num_nodes
 
 
 def build_trainer(config: DictConfig) -> Any:
@@ -71,7 +83,8 @@ def build_trainer(config: DictConfig) -> Any:
                 process_group_backend="gloo",
             )
 
-    # The data loaders and NeMo's indexing fork after the tokenizer has been used.
+    # The data loaders and NeMo's indexing fork after the tokenizer has run, and its threads do not
+    # survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     on_cpu = config.trainer.accelerator == "cpu"
     builder = GlooTrainerBuilder if on_cpu else MegatronLMPPTrainerBuilder
@@ -99,19 +112,10 @@ def initialize_model_parallel(trainer: Any, model_config: DictConfig) -> None:
         world_size=trainer.world_size,
         global_rank=trainer.global_rank,
         local_rank=trainer.local_rank,
-        tensor_model_parallel_size=model_config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model_config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model_config.get(
-            "virtual_pipeline_model_parallel_size"
-        ),
-        context_parallel_size=model_config.get("context_parallel_size", 1),
-        expert_model_parallel_size=model_config.get("expert_model_parallel_size", 1),
-        micro_batch_size=model_config.get("micro_batch_size"),
-        global_batch_size=model_config.get("global_batch_size"),
-        use_tp_pp_dp_mapping=model_config.get("use_tp_pp_dp_mapping", False),
-        use_te_rng_tracker=model_config.get("use_te_rng_tracker", False),
         seed=seed,
+        **{name: model_config[name] for name in _GROUP_KEYS if name in model_config},
     )
+    # The order matters: the strategy reads the sizes noted above, and the seed needs the groups.
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
     trainer.strategy.setup_environment()
@@ -119,7 +123,7 @@ def initialize_model_parallel(trainer: Any, model_config: DictConfig) -> None:
 
 
 def drop_noise() -> None:
-    """NeMo warns about each of some hundred config fields that a checkpoint does not name."""
+    """Hide NeMo's warnings: one for each of some hundred fields that a checkpoint leaves out."""
     from nemo.utils import logging
 
     logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())
