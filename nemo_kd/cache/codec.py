@@ -17,6 +17,7 @@ from nemo_kd.cache.bits import (
     unpack,
     unpack_sorted,
 )
+from nemo_kd.cache.check import check_ids
 from nemo_kd.cache.layout import Array
 from nemo_kd.cache.manifest import Manifest
 
@@ -125,10 +126,7 @@ class RawCodec:
         ids, log_probs, tails = (arrays[name] for name in self.pair_dtypes)
         if (ids.size, log_probs.size, tails.size) != (lengths.sum(), lengths.sum(), lengths.size):
             raise ValueError(f"expected {lengths.size} rows of {lengths.sum()} entries in all")
-        if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < self.vocab_size:
-            raise ValueError(
-                f"expected ids below {self.vocab_size}, got {ids.min()} to {ids.max()}"
-            )
+        check_ids("topk_ids", ids, self.vocab_size)
         rows = Rows(lengths, ids, _from_float16_bits(log_probs), _from_float16_bits(tails))
         if np.isnan(rows.log_probs).any() or np.isnan(rows.tail_log_probs).any():
             raise ValueError("expected log-probs, got NaN")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_kd.cache.check import check_sample
 from nemo_kd.cache.codec import codec_for
 from nemo_kd.cache.layout import (
     MANIFEST_NAME,
@@ -33,8 +34,6 @@ from nemo_kd.cache.pair import PairWriter, sync
 
 _TEMPORARY = ".tmp"
 _LEASE = ".tmp-claim-"
-# log_softmax of logits near 1e4 rounds to at most some 1e-3 above zero; more is no log-prob.
-_HIGHEST_LOG_PROB = 0.01
 
 
 class CacheWriter:
@@ -169,7 +168,7 @@ class ShardWriter:
             raise ValueError(f"{self._holds()}, got one more")
         sample = Sample(tokens, loss_mask, topk_ids, topk_log_probs, tail_log_probs, context_length)
         try:
-            _check(sample, self._manifest)
+            check_sample(sample, self._manifest)
         except ValueError as error:
             raise ValueError(f"sample {number}: {error}") from error
         sequences = {
@@ -226,55 +225,6 @@ def _full_disk_named(path: Path, index: int) -> Iterator[None]:
             f"{os.strerror(error.errno)}: shard {index} of {path} was not written, the "
             "cache is as it was before; free some space and run again, it goes on from there",
         ) from error
-
-
-def _check(sample: Sample, manifest: Manifest) -> None:
-    num_tokens = len(sample.tokens)
-    _check_array("tokens", sample.tokens, "iu", (num_tokens,))
-    _check_array("loss_mask", sample.loss_mask, "iub", (num_tokens,))
-    if ((sample.loss_mask != 0) & (sample.loss_mask != 1)).any():
-        raise ValueError(f"loss_mask: expected zeros and ones, got {np.unique(sample.loss_mask)}")
-    if sample.loss_mask[:1].any():
-        raise ValueError("loss_mask: expected 0 at the first token, which nothing predicts, got 1")
-    if not 0 <= sample.context_length <= num_tokens:
-        raise ValueError(
-            f"context_length: expected 0 to {num_tokens} tokens, got {sample.context_length}"
-        )
-    num_columns = sample.topk_ids.shape[-1] if manifest.ragged else manifest.max_entries
-    shape = (int(sample.loss_mask.sum()), num_columns)
-    _check_array("topk_ids", sample.topk_ids, "iu", shape)
-    _check_array("topk_log_probs", sample.topk_log_probs, "f", shape)
-    _check_array("tail_log_probs", sample.tail_log_probs, "f", shape[:1])
-    kept = sample.topk_ids != -1 if manifest.ragged else np.full(shape, True)
-    longest = kept.sum(axis=1).max(initial=0)
-    if longest > manifest.max_entries:
-        raise ValueError(
-            f"topk_ids: expected at most {manifest.max_entries} entries a row, got {longest}"
-        )
-    for name, ids in ("tokens", sample.tokens), ("topk_ids", sample.topk_ids[kept]):
-        if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
-            raise ValueError(
-                f"{name}: expected ids from 0 to {manifest.vocab_size - 1} (vocabulary of "
-                f"{manifest.vocab_size}), got {ids.min()} to {ids.max()}"
-            )
-    ordered = np.sort(sample.topk_ids, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        raise ValueError(
-            f"topk_ids: expected each id at most once a row, got {ordered[:, 1:][twice][0]} twice"
-        )
-    for name in "topk_log_probs", "tail_log_probs":
-        log_probs = getattr(sample, name)
-        if not (log_probs <= _HIGHEST_LOG_PROB).all():  # false for NaN as well
-            raise ValueError(f"{name}: expected log-probs, at most 0, got {log_probs.max()}")
-
-
-def _check_array(name: str, array: Array, kinds: str, shape: tuple[int, ...]) -> None:
-    if array.dtype.kind not in kinds or array.shape != shape:
-        expected = "float" if kinds == "f" else "integer"
-        raise ValueError(
-            f"{name}: expected {expected} {list(shape)}, got {array.dtype} {list(array.shape)}"
-        )
 
 
 def _create_manifest(path: Path, manifest: Manifest) -> None:
