@@ -168,6 +168,19 @@ def fingerprint_file(
     return SourceFile(name=Path(path).name, size_bytes=size_bytes, xxh3_128=digest.hexdigest())
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what each id of a tokenizer stands for, and of its end token.
+
+    Equal for equal tokenizers, wherever their files lie.
+
+    Args:
+        tokenizer: has `vocab_size`, `eos_id` and `ids_to_tokens`, as NeMo's tokenizers.
+    """
+    tokens = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
+    content = json.dumps([tokens, tokenizer.eos_id], default=str)
+    return xxhash.xxh3_128_hexdigest(content.encode())
+
+
 def record_bytes(record: Manifest | ShardRecord) -> bytes:
     """The record as JSON with sorted keys, sealed: its last key is the xxh3_128 of the file's
     bytes while that key's value is empty."""
