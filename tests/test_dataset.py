@@ -78,6 +78,7 @@ def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache
         },
         num_samples=len(nemo),
         samples_per_shard=5,
+        codec="raw",
     )
     manifest = replace(manifest, **more)
     writer = CacheWriter.open(path, manifest)

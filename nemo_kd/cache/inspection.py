@@ -133,7 +133,7 @@ def _kept(samples: Iterable[Sample], k: int) -> dict[str, Any]:
 def _row_bytes(manifest: Manifest, k: int) -> float:
     """Bytes of a row of top_k in this cache's codec: they depend on K and the vocabulary only."""
     selection = {"kind": "top_k", "k": k, "temperature": 1.0}
-    codec = codec_for(replace(manifest, selection=selection, value_type=""))
+    codec = codec_for(replace(manifest, selection=selection))
     num_rows = 64
     ids = np.tile(np.arange(k), (num_rows, 1))
     arrays = codec.encode(ids, np.zeros(ids.shape, np.float32), np.zeros(num_rows, np.float32))
