@@ -1,4 +1,7 @@
-"""Checks of a sample that the writer and the importer share. Each raises ValueError."""
+"""Checks of a sample that the writer and the importer share.
+
+Each raises a ValueError that names what was expected and what was given.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _HIGHEST_LOG_PROB = 0.01
 
 
 def check_sample(sample: Sample, manifest: Manifest) -> None:
-    """A sample fits the cache: shapes, types, ids, mask, context length and log-probs."""
+    """Check all of a sample: that a cache of this manifest can hold it."""
     num_tokens = len(sample.tokens)
     _check_array("tokens", sample.tokens, "iu", (num_tokens,))
     _check_array("loss_mask", sample.loss_mask, "iub", (num_tokens,))
@@ -48,7 +51,7 @@ def check_ids(name: str, ids: npt.ArrayLike, vocab_size: int) -> None:
 
 
 def check_distinct(name: str, ids: Array) -> None:
-    """Ids [P, K]; a negative one fills up a row and may occur more than once."""
+    """Check ids [P, K]. Negative ones, which pad a row, may occur more than once."""
     ordered = np.sort(ids, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():

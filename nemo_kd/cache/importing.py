@@ -1,19 +1,19 @@
-"""Rows that another engine computed, as vLLM and API servers give them, read out of jsonl.
+"""Reads rows that another engine computed: jsonl, as vLLM and API servers give them.
 
 A line is one sample:
 
     {"token_ids": [9, 4, 7], "loss_mask": [0, 0, 1], "logprobs": [null, null, ROW]}
 
-`logprobs` has a ROW for each token, of which only those of supervised tokens are read, or one for
-each supervised token alone. A row says which token it is for, in one of two forms:
+`logprobs` has a ROW for each token, or only for each supervised token. Other rows are not read. A
+row says which token it is for, in one of two forms:
 
     {"7": {"logprob": -0.2}, "3": {"logprob": -1.9}}
     {"token": "token_id:7", "top_logprobs": [{"token": "token_id:7", "logprob": -0.2}, ...]}
 
-The first is vLLM's prompt_logprobs, which hold the token among its entries; a number may stand for
-{"logprob": number}. The second is a chat completion's, from a server that returns tokens as ids.
-`context_length` may say how many tokens the prompt has; by default those before the first
-supervised one.
+The first is vLLM's prompt_logprobs, where the token is among the entries; a number may stand in
+place of {"logprob": number}. The second is a chat completion's, from a server that returns tokens
+as ids. `context_length` may say how many tokens the prompt has. Its default is the number of tokens
+before the first supervised one.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from nemo_kd.cache.check import (
 from nemo_kd.cache.layout import Sample
 
 _TOKEN_ID = "token_id:"
-# Engines round log-probs, some to bfloat16: more than this above 1 is no distribution.
+# Engines round log-probs, some to bfloat16. A larger sum is no distribution.
 _MOST_MASS = 1.02
 
 
 def read_samples(path: Path, k: int, vocab_size: int) -> Iterator[Sample]:
-    """The samples of a file, with the k most probable entries of every row.
+    """Yield the samples of a file, with the k most probable entries of every row.
 
-    The tail is what the k leave of 1: as exact as the engine's log-probs are.
+    The tail is 1 less their mass, and so as exact as the engine's log-probs.
 
     Raises:
-        ValueError: a line that is not as above, a row for another token than `token_ids` has
-            there, an id outside the vocabulary, fewer than k entries; names the line.
+        ValueError: a line has another form, a row is for another token than `token_ids` has there
+            or has fewer than k entries, an id is outside the vocabulary; names the line.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -96,13 +96,9 @@ def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list
     """ids and log-probs of the k most probable entries, and the tail's log-prob."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {row!r}")
-    entries: list[tuple[int, Any]]
     if isinstance(row.get("top_logprobs"), list):
-        entries = [
-            (_token_id(entry.get("token")), entry.get("logprob"))
-            for entry in row["top_logprobs"]
-            if isinstance(entry, dict)
-        ]
+        top: list[Any] = [entry for entry in row["top_logprobs"] if isinstance(entry, dict)]
+        entries = [(_token_id(entry.get("token")), entry.get("logprob")) for entry in top]
         named = [_token_id(row.get("token"))]
     else:
         entries = [

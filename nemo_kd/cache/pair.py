@@ -1,4 +1,4 @@
-"""A pair: one .bin and one .idx, a Megatron IndexedDataset with one sequence a sample."""
+"""A pair, one .bin and one .idx: a Megatron IndexedDataset with one sequence for each sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LENGTH, _PLACE = np.dtype("<i4"), np.dtype("<i8")
 
 
 class PairWriter:
-    """Appends one sequence a sample through Megatron's own builder."""
+    """Appends sequences through Megatron's own builder."""
 
     def __init__(self, directory: Path, name: str, dtype: type[np.generic]) -> None:
         self._bin_path, self._idx_path = pair_paths(directory, name)
@@ -39,17 +39,17 @@ class PairWriter:
             sync(path)
 
     def close(self) -> None:
-        """Let go of an unfinished .bin; what it still buffers may not fit a full disk."""
-        with suppress(OSError):
+        """Close an unfinished .bin."""
+        with suppress(OSError):  # on a full disk its buffer cannot be written
             self._builder.data_file.close()
 
 
 class PairReader:
-    """Reads one sequence at a time, at a cost that no number of sequences changes.
+    """Reads one sequence at a time, at the same cost for any number of sequences.
 
-    By pread, not through a map: a process that reads a map of a file that is cut meanwhile dies,
-    a map's pages count as the process's memory, and the bytes have to be copied anyway. Shares
-    nothing with threads or forked processes but the open files.
+    The files are read with pread, not mapped. A process that reads a map of a file that is cut
+    meanwhile dies, a map's pages count as the process's memory, and the bytes are copied anyway.
+    Threads and forked processes may share it, because pread moves no position in a file.
 
     Raises:
         ValueError: the .idx is not one of `num_sequences` sequences of `dtype`.
@@ -73,7 +73,7 @@ class PairReader:
             )
 
     def __getitem__(self, index: int) -> Array:
-        """The sequence, in memory of its own.
+        """Sequence `index`, in memory of its own.
 
         Raises:
             ValueError: its length and its place contradict each other or the .bin's size.
@@ -83,7 +83,7 @@ class PairReader:
         places = _HEADER_BYTES + self._num_sequences * _LENGTH.itemsize + index * _PLACE.itemsize
         start, *after = self._read(self._idx, _PLACE, 1 if is_last else 2, places).tolist()
         end = start + int(length) * self._dtype.itemsize
-        # After the last sequence the file ends, but for the one element of a pair of empty ones.
+        # The file ends after the last sequence, except if all are empty: then it has one element.
         is_empty = is_last and end == 0 and self._bin_bytes == self._dtype.itemsize
         expected_end = after[0] if after else 0 if is_empty else self._bin_bytes
         if not 0 <= start <= end == expected_end <= self._bin_bytes:
@@ -95,7 +95,7 @@ class PairReader:
         return self._read(self._bin, self._dtype, int(length), start)
 
     def lengths(self) -> Array:
-        """Elements of each sequence, int32, out of the .idx alone."""
+        """Elements of each sequence, int32. Reads only the .idx."""
         return self._read(self._idx, _LENGTH, self._num_sequences, _HEADER_BYTES)
 
     @staticmethod
@@ -116,7 +116,7 @@ def sync(path: Path) -> None:
 
 
 def _index_header(num_sequences: int, dtype: type[np.generic]) -> bytes:
-    """The start of an .idx; lengths, places and numbers of documents follow."""
+    """The start of an .idx, which lengths, places and numbers of documents follow."""
     code = DType.code_from_dtype(dtype)
     return struct.pack("<9sQBQQ", b"MMIDIDX", 1, code, num_sequences, num_sequences + 1)
 
