@@ -158,7 +158,7 @@ class TopKCache:
                 try:
                     _check_size(path, file)
                     if fingerprint_file(path, progress) != file:
-                        yield (
+                        raise ValueError(
                             f"{path}: its checksum differs from that in {SHARD_RECORD_NAME}; "
                             "delete the shard and run the dump again"
                         )
