@@ -1,10 +1,10 @@
-"""Run the teacher over SFT data once and keep its top-K at every supervised token.
+"""Run the teacher once over SFT data and keep its top-K at every supervised token.
 
     python examples/dump_teacher_topk.py teacher.restore_from_path=teacher.nemo \\
         data.file_names=[train.jsonl] cache.path=cache
 
-conf/dump_teacher_topk.yaml lists every key. Call it again after an interruption: it writes the
-shards that are missing.
+conf/dump_teacher_topk.yaml lists every key. After an interruption call the same command again: it
+writes only the missing shards.
 """
 
 import hydra

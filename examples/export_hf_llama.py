@@ -1,10 +1,11 @@
-"""Turn a .nemo of the Llama family into a Hugging Face checkpoint: import_hf_llama.py's inverse.
+"""Turn a .nemo of the Llama family into a Hugging Face checkpoint.
 
     python examples/export_hf_llama.py source=kd.nemo output=kd-hf
 
-Takes what import_hf_llama.py, train_kd_sft.py and NeMo itself write, at any tensor and pipeline
-parallel size. Needs memory for the weights once, and no GPU. A model without biases becomes a
-`llama` (which a Mistral without a sliding window is), one with biases in q, k and v a `qwen2`.
+The .nemo may come from import_hf_llama.py, train_kd_sft.py or NeMo itself, at any tensor and
+pipeline parallel size. The export needs no GPU, and memory for the weights once. A model without
+biases becomes a `llama` (also a Mistral without a sliding window); a model with biases in q, k and
+v becomes a `qwen2`.
 """
 
 import hydra

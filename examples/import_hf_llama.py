@@ -1,9 +1,9 @@
 """Turn a Hugging Face checkpoint of the Llama family into a .nemo.
 
     python examples/import_hf_llama.py source=SmolLM2-135M-Instruct.gguf output=teacher.nemo
-    python examples/import_hf_llama.py source=llama-3-8b output=student.nemo keep_layers=[0,15,31]
+    python examples/import_hf_llama.py source=student-hf output=student.nemo keep_layers=[0,15,31]
 
-The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
+The .nemo is written at tensor and pipeline parallel size 1. NeMo can restore it at any other size.
 """
 
 import hydra

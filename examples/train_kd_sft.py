@@ -1,10 +1,10 @@
-"""Train a student on the teacher's cached top-K and on the labels: KD + SFT.
+"""Train a student on the teacher's top-K of a cache (KD) and on the labels (SFT).
 
     python examples/train_kd_sft.py model.restore_from_path=student.nemo \\
         model.data.train_ds.file_names=[cache] model.data.validation_ds.file_names=[heldout-cache]
 
-conf/train_kd_sft.yaml lists every key. model.knowledge_distillation.kd_loss_weight=0 with
-sft_loss_weight=1 is plain SFT on the same samples.
+conf/train_kd_sft.yaml lists every key. With model.knowledge_distillation.kd_loss_weight=0 and
+model.knowledge_distillation.sft_loss_weight=1 it is plain SFT on the same samples.
 """
 
 import hydra

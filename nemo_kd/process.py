@@ -10,26 +10,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-# Exit status of a run that was stopped, as a shell has it after SIGTERM: no fault, and the same
-# command goes on.
+# The exit status of a run that SIGTERM stopped, as a shell reports it. The same command resumes it.
 STOPPED = 128 + signal.SIGTERM
 
 
 def exit_stopped(message: str | None) -> NoReturn:
-    """End the process with status STOPPED, and a line if it is the one to say it."""
+    """Ends the process with status STOPPED. One process of a run says why."""
     if message is not None:
         print(message, file=sys.stderr)
     sys.exit(STOPPED)
 
 
 def shield_workers(loader: Any) -> None:
-    """Let a data loader's workers outlive SIGTERM, which Slurm sends them too.
+    """Makes the workers of a data loader ignore SIGTERM, which Slurm sends to them too.
 
-    The loss of one would be an error in the process that is about to end as it should. At its end
-    multiprocessing would then send them SIGTERM in vain and wait: they are killed before.
+    Losing a worker would crash a run that is shutting down cleanly. The workers are killed at exit,
+    before multiprocessing sends them a SIGTERM that they ignore and waits for them to end.
     """
     loader.worker_init_fn = _ignore_sigterm
-    atexit.unregister(_kill_workers)  # once is enough: the teacher run has a loader a shard
+    # The teacher run has one loader a shard, and one handler is enough.
+    atexit.unregister(_kill_workers)
     atexit.register(_kill_workers)
 
 
@@ -45,7 +45,7 @@ def _kill_workers() -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End the process with one line, not a traceback, for what a user can mend.
+    """Ends the process with one line, not a traceback, on an error that a user can mend.
 
     HYDRA_FULL_ERROR=1, Hydra's own switch, shows the traceback.
     """

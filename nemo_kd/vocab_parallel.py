@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-# exp(x) as a power of 2: on a CPU torch.exp2 and the product before it take a third of torch.exp's
-# time. The product's rounding adds an error of |x| 2^-24 to exp(x), relative to it: most where it
-# is nothing.
+# exp(x) is computed as exp2(x * LOG2_E), because torch.exp takes three times as long on a CPU.
+# Relative error |x| 2^-24, largest where exp(x) is negligible.
 LOG2_E = math.log2(math.e)
 _ID_BITS = 32
 _ID_MASK = (1 << _ID_BITS) - 1
@@ -83,33 +82,18 @@ def global_topk(logits: Tensor, k: int, group: ProcessGroup | None) -> tuple[Ten
     vocab_size = logits.shape[-1] * num_vocab_shards(group)
     if not 1 <= k <= vocab_size:
         raise ValueError(f"expected 1 <= k <= {vocab_size}, the vocabulary's size; got k={k}")
-    return unpack_topk_keys(merge_topk_keys(local_topk_keys(logits, k, group), group)[:, :k])
-
-
-def local_topk_keys(logits: Tensor, k: int, group: ProcessGroup | None) -> Tensor:
-    """This shard's `min(k, Vp)` largest entries as int64 keys, in descending order.
-
-    A key orders as (logit, -id) does and gives both back: the logit's float32 bits, mapped to an
-    integer of the same order, stand above `2^32 - 1 - id`. So one top-k breaks ties, and one gather
-    carries logits and ids.
-    """
+    # An int64 key orders as (logit, -id) does and gives both back: the logit's float32 bits, mapped
+    # to an integer of the same order, stand above `2^32 - 1 - id`. So one top-k breaks ties, and
+    # one all-gather carries logits and ids.
     start, end = vocab_shard_range(logits.shape[-1], group)
     bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0 and so must its bits
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers
     ids = torch.arange(start, end, device=logits.device)
     keys = (ordered.to(torch.int64) << _ID_BITS) + (_ID_MASK - ids)
-    return keys.topk(min(k, logits.shape[-1]), dim=-1).values
-
-
-def merge_topk_keys(keys: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Every shard's keys in one descending row, `[N, TP * k]`. One all-gather."""
-    if group is None:
-        return keys
-    return torch.cat(all_gather(keys, group), dim=-1).sort(dim=-1, descending=True).values
-
-
-def unpack_topk_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The (logits float32, ids int64) that `local_topk_keys` packed."""
+    keys = keys.topk(min(k, logits.shape[-1]), dim=-1).values
+    if group is not None:
+        keys = torch.cat(all_gather(keys, group), dim=-1).sort(dim=-1, descending=True).values
+    keys = keys[:, :k]
     ordered = (keys >> _ID_BITS).to(torch.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return values, _ID_MASK - (keys & _ID_MASK)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.chunk import locate_columns
+from nemo_kd.loss.chunk import locate
 from nemo_kd.loss.dense import dense_loss
 from nemo_kd.loss.fused import FusedLoss
 from nemo_kd.loss.linear import FusedLinearLoss
@@ -71,12 +71,12 @@ def vocab_parallel_kd_sft_loss(
     if config.logits_gather == "full":
         loss, kd_loss, sft_loss, student = dense_loss(student_logits, rows, config, tp_group)
     else:
-        columns = locate_columns(rows.ids, rows.labels, student_logits.shape[-1], tp_group)
+        classes = locate(rows, student_logits.shape[-1], tp_group)
         gradients = None
         if torch.is_grad_enabled() and student_logits.requires_grad:
             gradients = student_logits.detach() if inplace else torch.empty_like(student_logits)
         loss, kd_loss, sft_loss, *fields = FusedLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-            student_logits, gradients, columns, rows.targets, config, tp_group, inplace
+            student_logits, gradients, classes, config, tp_group, inplace
         )
         student = Student(*fields)
     return assemble(loss.view(shape), kd_loss, sft_loss, student, rows, config)
@@ -131,12 +131,11 @@ def vocab_parallel_linear_kd_sft_loss(
             f"got {tuple(token_weights.shape)}"
         )
     tp_group = tp_group if num_shards > 1 else None
-    columns = locate_columns(rows.ids, rows.labels, len(output_weight), tp_group)
     weights = token_weights.detach().reshape(-1).to(rows.targets.probs.dtype)
+    classes = locate(rows, len(output_weight), tp_group, weights)
     # Inside forward autograd is always off: whether to form gradients is asked here.
     needs_grad = torch.is_grad_enabled()
     loss, kd_loss, sft_loss, *fields = FusedLinearLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-        hidden, output_weight, weights, columns, rows.targets, config,
-        tp_group, sequence_parallel, needs_grad,
-    )  # fmt: skip
+        hidden, output_weight, classes, config, tp_group, sequence_parallel, needs_grad
+    )
     return assemble(loss, kd_loss, sft_loss, Student(*fields), rows, config)

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.objective import KDLossConfig, Targets
-from nemo_kd.loss.prepare import Student
+from nemo_kd.loss.objective import KDLossConfig
+from nemo_kd.loss.prepare import Rows, Student
 from nemo_kd.vocab_parallel import LOG2_E, all_reduce_max, all_reduce_sum, vocab_shard_range
 
 
-class Columns(NamedTuple):
-    """Where a row's K entries and, as the last column, its label stand in this vocab shard."""
+class Classes(NamedTuple):
+    """The teacher's classes of N rows, and the columns of this vocab shard that they stand for."""
 
-    column: Tensor  # [N, K + 1] int64; 0 where foreign
+    column: Tensor  # [N, K + 1] int64, of the K entries and the label; 0 where foreign
     foreign: Tensor  # [N, K + 1] bool: an empty entry, or an id of another vocab shard
+    absent: Tensor  # [N, K + 1] bool: as in Targets, and so are probs and log_probs
+    probs: Tensor
+    log_probs: Tensor
+    token_weights: Tensor | None  # [N] multiply the rows of the gradient; None: all are 1
 
 
 class Local(NamedTuple):
@@ -33,32 +37,31 @@ class Local(NamedTuple):
     sum_t: Tensor  # [N] sum exp((z - peak) / T)
 
 
-def locate_columns(
-    ids: Tensor, labels: Tensor, shard_size: int, group: ProcessGroup | None
-) -> Columns:
-    """`ids` `[N, K]` and `labels` `[N]` as columns of this rank's vocab shard."""
+def locate(
+    rows: Rows, shard_size: int, group: ProcessGroup | None, token_weights: Tensor | None = None
+) -> Classes:
+    """The classes of one call's rows, in this rank's vocab shard."""
     start, end = vocab_shard_range(shard_size, group)
-    all_ids = torch.cat([ids.long(), labels.long()[:, None]], dim=-1)
-    foreign = (all_ids < start) | (all_ids >= end)
-    return Columns((all_ids - start).masked_fill_(foreign, 0), foreign)
+    ids = torch.cat([rows.ids.long(), rows.labels.long()[:, None]], dim=-1)
+    foreign = (ids < start) | (ids >= end)
+    return Classes((ids - start).masked_fill_(foreign, 0), foreign, *rows.targets, token_weights)
 
 
 def measure(
-    logits: Tensor, columns: Columns, config: KDLossConfig, work: Tensor, work_t: Tensor
+    logits: Tensor, classes: Classes, config: KDLossConfig, work: Tensor, work_t: Tensor
 ) -> Local:
     """This shard's statistics of a chunk `[n, Vp]`; leaves its exponentials in both works."""
     # The entries are read first: `work` may be the logits' own memory.
-    gathered = (
-        logits.gather(1, columns.column).to(work.dtype).masked_fill_(columns.foreign, -torch.inf)
-    )
-    peak = exponentiate(logits, columns, config, work, work_t)
+    entries = logits.gather(1, classes.column).to(work.dtype)
+    entries.masked_fill_(classes.foreign, -torch.inf)
+    peak = exponentiate(logits, classes, config, work, work_t)
     total = work.sum(-1)
-    return Local(gathered, peak, total, total if work_t is work else work_t.sum(-1))
+    return Local(entries, peak, total, total if work_t is work else work_t.sum(-1))
 
 
 def exponentiate(
     logits: Tensor,
-    columns: Columns,
+    classes: Classes,
     config: KDLossConfig,
     work: Tensor,
     work_t: Tensor,
@@ -67,16 +70,17 @@ def exponentiate(
     """Writes exp(z - peak) to `work` and exp((z - peak) / T) to `work_t`; returns the peak.
 
     `work` may be the logits' memory; at T = 1 `work_t` is `work`. With tail "bucket" the entries
-    are -inf, so that the sum is over the outside alone, and never 1 minus another sum.
+    are -inf, so that the sum is over the outside only, and never 1 minus another sum.
     """
     source = logits
     if logits.dtype != work.dtype or config.tail == "bucket":
         source = work.copy_(logits)
     if config.tail == "bucket":
         # Added, not assigned: a foreign entry stands at column 0, whose logit must stay.
-        exclusion = work.new_full((len(work), columns.column.shape[-1] - 1), -torch.inf)
-        exclusion.masked_fill_(columns.foreign[:, :-1], 0)
-        work.scatter_add_(1, columns.column[:, :-1], exclusion)
+        own_entries = ~classes.foreign[:, :-1]
+        exclusion = torch.zeros_like(own_entries, dtype=work.dtype)
+        exclusion.masked_fill_(own_entries, -torch.inf)
+        work.scatter_add_(1, classes.column[:, :-1], exclusion)
     if peak is None:
         # Finite even where nothing is left of the row, or -inf - -inf would be NaN.
         peak = source.amax(-1).clamp_(min=torch.finfo(work.dtype).min)
@@ -114,29 +118,25 @@ def combine(local: Local, config: KDLossConfig, group: ProcessGroup | None) -> S
 
 def form(
     student: Student,
-    targets: Targets,
-    columns: Columns,
+    classes: Classes,
     config: KDLossConfig,
-    token_weights: Tensor | None,
     work: Tensor,
     work_t: Tensor,
     out: Tensor | None,
 ) -> Tensor:
     """D `[n]`. With `out`, the exponentials in `work` and `work_t` become dloss/dz in `out`.
 
-    `token_weights` `[n]` multiply the gradient's rows. `out` and `work` may be one tensor.
+    `out` and `work` may be one tensor.
     """
-    value, class_gradient = divergence(student, targets, config)
+    value, class_gradient = divergence(student, classes, config)
     if out is not None:
-        _form_gradient(
-            student, targets, columns, class_gradient, config, token_weights, work, work_t
-        )
+        _form_gradient(student, classes, class_gradient, config, work, work_t)
         if work is not out:
             out.copy_(work)
     return value
 
 
-def divergence(student: Student, targets: Targets, config: KDLossConfig) -> tuple[Tensor, Tensor]:
+def divergence(student: Student, classes: Classes, config: KDLossConfig) -> tuple[Tensor, Tensor]:
     """D `[n]` and dD/du `[n, K + 1]`, without the part that is dense in the vocabulary.
 
     With the tails "label" and "drop" q is dense, and dD/du is -t here. From docs/loss.md:
@@ -145,7 +145,7 @@ def divergence(student: Student, targets: Targets, config: KDLossConfig) -> tupl
         reverse_kl   dD/du = s (log s - log t - D)
         jsd          dD/du = (1 - beta) s (log s - log m - KL(s||m)),  m = beta t + (1 - beta) s
     """
-    absent, probs, log_probs = targets
+    absent, probs, log_probs = classes.absent, classes.probs, classes.log_probs
     scaled = student.logits / config.temperature
     if config.tail == "bucket":
         scaled[:, -1] = student.log_outside
@@ -177,11 +177,9 @@ def _terms(probs: Tensor, log_probs: Tensor, log_others: Tensor) -> Tensor:
 
 def _form_gradient(
     student: Student,
-    targets: Targets,
-    columns: Columns,
+    classes: Classes,
     class_gradient: Tensor,
     config: KDLossConfig,
-    token_weights: Tensor | None,
     work: Tensor,
     work_t: Tensor,
 ) -> None:
@@ -191,8 +189,7 @@ def _form_gradient(
                    + kd_loss_weight * T * (dD/du_j if j is an entry, else the dense part)
 
     The dense part is 0 for renormalize, dD/du_outside * softmax(z/T over the outside)_j for bucket
-    and softmax(z/T)_j for label and drop. `token_weights` `[n]` multiply the rows.
-    `class_gradient` (dD/du) is overwritten.
+    and softmax(z/T)_j for label and drop. `class_gradient` (dD/du) is overwritten.
     """
     sparse = class_gradient.mul_(config.kd_loss_weight * config.temperature)
     if config.tail == "bucket":
@@ -203,7 +200,7 @@ def _form_gradient(
         dense = sparse[:, -1].clone()
         sparse[:, -1] = 0
     elif config.tail != "renormalize":
-        dense = ~targets.absent.all(-1) * (config.kd_loss_weight * config.temperature)
+        dense = ~classes.absent.all(-1) * (config.kd_loss_weight * config.temperature)
     sparse[:, -1] -= config.sft_loss_weight
     scale = (student.offset - student.log_sum).exp_().mul_(config.sft_loss_weight)
     scale_t = None
@@ -215,20 +212,19 @@ def _form_gradient(
         scale_t = exponent.exp_().mul_(dense)
         if work_t is work:
             scale, scale_t = scale.add_(scale_t), None
-    if token_weights is not None:
-        sparse.mul_(token_weights[:, None])
-        scale.mul_(token_weights)
-        scale_t = None if scale_t is None else scale_t.mul_(token_weights)
+    if classes.token_weights is not None:
+        for factor in (sparse.t(), scale, *([] if scale_t is None else [scale_t])):
+            factor.mul_(classes.token_weights)
     work.mul_(scale[:, None])
     if scale_t is not None:
         work.addcmul_(work_t, scale_t[:, None])
     # Added, since an entry's cell may be the label's too, and foreign entries add 0 to column 0.
-    work.scatter_add_(1, columns.column, sparse.masked_fill_(columns.foreign, 0))
+    work.scatter_add_(1, classes.column, sparse.masked_fill_(classes.foreign, 0))
 
 
 def take(fields: Any, rows: slice) -> Any:
     """The same rows of every field of a named tuple."""
-    return type(fields)(*(field[rows] for field in fields))
+    return type(fields)(*(None if field is None else field[rows] for field in fields))
 
 
 def concatenate(parts: list[Any]) -> Any:

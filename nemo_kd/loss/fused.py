@@ -1,9 +1,7 @@
 """The fused passes: they walk the logits in chunks of tokens and form dloss/dz as they go.
 
-`whole_pass` is for a whole vocabulary and reads the logits once. A sharded vocabulary is walked
-twice, because the normalisers of a row need every shard: `measure_chunks` collects what this shard
-says of each row, `combine` asks all shards in two collectives, however many chunks there are, and
-`form_chunks` computes the divergence and the gradient.
+`whole_pass` is for a whole vocabulary, `sharded_pass` for one vocab shard of several. Both take the
+logits from a source: `Logits` here, or the output layer of linear.py, which computes them.
 """
 
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_kd.loss.chunk import (
-    Columns,
+    Classes,
     Local,
     combine,
     concatenate,
@@ -24,7 +22,7 @@ from nemo_kd.loss.chunk import (
     measure,
     take,
 )
-from nemo_kd.loss.objective import KDLossConfig, Targets
+from nemo_kd.loss.objective import KDLossConfig
 from nemo_kd.loss.prepare import Student
 
 # The size of a chunk of tokens in the computing type. On a CPU a chunk has to stay in the cache
@@ -56,98 +54,60 @@ class Scratch:
         return self._tensors[name][: len(chunk)]
 
 
-def whole_pass(
-    logits: Tensor,
-    gradients: Tensor | None,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    scratch: Scratch,
-    token_weights: Tensor | None = None,
-) -> tuple[Tensor, Student]:
-    """D `[N]` and the student's statistics, from the logits `[..., V]` of a whole vocabulary.
+class Logits:
+    """Logits `[..., Vp]` and `gradients`, the memory for dloss/dz, or None: no gradient is formed.
 
-    Writes dloss/dz, times `token_weights` `[N]`, to `gradients`, which may be the logits' memory.
+    `gradients` may be the logits' own memory. A pass walks a source like this one in chunks.
     """
+
+    def __init__(self, logits: Tensor, gradients: Tensor | None, dtype: torch.dtype) -> None:
+        self.logits, self.gradients, self.dtype = logits, gradients, dtype
+        self.needs_grad = gradients is not None
+        # In the computing type, that memory can carry the exponentials from one walk to the next.
+        self.keeps_exponentials = gradients is not None and gradients.dtype == dtype
+
+    def walk(self, writes: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The rows of each chunk, its logits `[n, Vp]`, and what to write, if the walk `writes`."""
+        return chunks(self.dtype, self.logits, self.gradients if writes else None)
+
+
+def whole_pass(
+    source: Any, classes: Classes, config: KDLossConfig, scratch: Scratch
+) -> tuple[Tensor, Student]:
+    """D `[N]` and the student's statistics, of a whole vocabulary; the logits are read once."""
     values, students = [], []
-    for rows, chunk, out in chunks(scratch.dtype, logits, gradients):
+    for rows, chunk, out in source.walk(source.needs_grad):
         work, work_t = scratch.pair(chunk, out)
-        own_columns, own_targets = take(columns, rows), take(targets, rows)
-        student = combine(measure(chunk, own_columns, config, work, work_t), config, None)
-        weights = None if token_weights is None else token_weights[rows]
-        values.append(form(student, own_targets, own_columns, config, weights, work, work_t, out))
+        own = take(classes, rows)
+        student = combine(measure(chunk, own, config, work, work_t), config, None)
+        values.append(form(student, own, config, work, work_t, out))
         students.append(student)
     return torch.cat(values), concatenate(students)
 
 
 def sharded_pass(
-    logits: Tensor,
-    gradients: Tensor | None,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    group: ProcessGroup,
-    scratch: Scratch,
+    source: Any, classes: Classes, config: KDLossConfig, scratch: Scratch, group: ProcessGroup
 ) -> tuple[Tensor, Student]:
-    """What `whole_pass` returns and writes, from one vocab shard `[..., Vp]`."""
-    # At T = 1 and in the computing type, the gradient's memory carries the exponentials from the
-    # first walk to the second one. In place they overwrite the logits, which are read no more.
-    carries = gradients is not None and gradients.dtype == scratch.dtype and config.temperature == 1
-    local = measure_chunks(logits, gradients if carries else None, columns, config, scratch)
-    student = combine(local, config, group)
-    if gradients is None:
-        return divergence(student, targets, config)[0], student
-    peak = None if carries else local.peak
-    value = form_chunks(logits, gradients, peak, student, columns, targets, config, scratch)
-    return value, student
-
-
-def measure_chunks(
-    logits: Tensor,
-    exponentials: Tensor | None,
-    columns: Columns,
-    config: KDLossConfig,
-    scratch: Scratch,
-) -> Local:
-    """The first walk over a vocab shard `[..., Vp]`: what it says of its rows.
-
-    Leaves exp(z - peak) in `exponentials`, of the computing type, if that memory is there.
-    """
+    """The same from one vocab shard, which is walked twice: a row's sums need every shard."""
+    # At T = 1 the gradient's memory may carry exp(z - peak) to the second walk. In place, it
+    # overwrites the logits, which are then read no more.
+    carries = source.keeps_exponentials and config.temperature == 1
     parts = []
-    for rows, chunk, out in chunks(scratch.dtype, logits, exponentials):
-        parts.append(measure(chunk, take(columns, rows), config, *scratch.pair(chunk, out)))
+    for rows, chunk, out in source.walk(carries):
+        parts.append(measure(chunk, take(classes, rows), config, *scratch.pair(chunk, out)))
     local: Local = concatenate(parts)
-    return local
-
-
-def form_chunks(
-    logits: Tensor,
-    gradients: Tensor,
-    peak: Tensor | None,
-    student: Student,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    scratch: Scratch,
-    token_weights: Tensor | None = None,
-) -> Tensor:
-    """The second walk: D `[N]`; dloss/dz, times `token_weights` `[N]`, is written to `gradients`.
-
-    `peak` `[N]` is what the first walk measured, or None: then `gradients` still holds the
-    exponentials that the first walk left there. `student` is what `combine` made of all shards.
-    """
+    # The collectives of all chunks at once: two, however many chunks there are.
+    student = combine(local, config, group)
+    if not source.needs_grad:
+        return divergence(student, classes, config)[0], student
     values = []
-    for rows, chunk, out in chunks(scratch.dtype, logits, gradients):
+    for rows, chunk, out in source.walk(True):
         work, work_t = scratch.pair(chunk, out)
-        own_columns = take(columns, rows)
-        if peak is not None:
-            exponentiate(chunk, own_columns, config, work, work_t, peak[rows])
-        weights = None if token_weights is None else token_weights[rows]
-        own_student, own_targets = take(student, rows), take(targets, rows)
-        values.append(
-            form(own_student, own_targets, own_columns, config, weights, work, work_t, out)
-        )
-    return torch.cat(values)
+        own = take(classes, rows)
+        if not carries:
+            exponentiate(chunk, own, config, work, work_t, local.peak[rows])
+        values.append(form(take(student, rows), own, config, work, work_t, out))
+    return torch.cat(values), student
 
 
 class FusedLoss(torch.autograd.Function):
@@ -162,19 +122,14 @@ class FusedLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         gradients: Tensor | None,
-        columns: Columns,
-        targets: Targets,
+        classes: Classes,
         config: KDLossConfig,
         group: ProcessGroup | None,
         inplace: bool,
     ) -> tuple[Tensor, ...]:
-        scratch = Scratch(targets.probs.dtype, config)
-        if group is None:
-            value, student = whole_pass(logits, gradients, columns, targets, config, scratch)
-        else:
-            value, student = sharded_pass(
-                logits, gradients, columns, targets, config, group, scratch
-            )
+        scratch = Scratch(classes.probs.dtype, config)
+        walked = (Logits(logits, gradients, scratch.dtype), classes, config, scratch)
+        value, student = whole_pass(*walked) if group is None else sharded_pass(*walked, group)
         loss, kd_loss, sft_loss = weigh(value, student, config)
         ctx.mark_non_differentiable(kd_loss, sft_loss, *student)
         ctx.set_materialize_grads(False)
@@ -186,7 +141,7 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         weights = grad_outputs[0]
         if weights is None:
-            return (None,) * 7
+            return (None,) * 6
         (gradients,) = ctx.saved_tensors
         # In place the saved gradient is scaled where it lies, so that no third tensor of all the
         # logits exists. Otherwise it stays as it is, and the graph may be walked again.
@@ -200,7 +155,7 @@ class FusedLoss(torch.autograd.Function):
             else:
                 # In float32: a weight rounded to bfloat16 would be off for its whole row.
                 out.copy_(scratch.get("work", source).copy_(source).mul_(weight))
-        return scaled, *(None,) * 6
+        return scaled, *(None,) * 5
 
 
 def weigh(value: Tensor, student: Student, config: KDLossConfig) -> tuple[Tensor, Tensor, Tensor]:

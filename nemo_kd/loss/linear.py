@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.chunk import Columns, combine, concatenate, divergence, take
-from nemo_kd.loss.fused import Scratch, form_chunks, measure_chunks, weigh, whole_pass
-from nemo_kd.loss.objective import KDLossConfig, Targets
-from nemo_kd.loss.prepare import Student
+from nemo_kd.loss.chunk import Classes
+from nemo_kd.loss.fused import Scratch, chunks, sharded_pass, weigh, whole_pass
+from nemo_kd.loss.objective import KDLossConfig
 from nemo_kd.vocab_parallel import all_gather, all_reduce_sum, reduce_scatter_sum
 
 # The size of a block of logits. It is large, because each block reads and writes the whole gradient
@@ -37,14 +36,14 @@ class FusedLinearLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        token_weights: Tensor,
-        columns: Columns,
-        targets: Targets,
+        classes: Classes,
         config: KDLossConfig,
         group: ProcessGroup | None,
         sequence_parallel: bool,
         needs_grad: bool,
     ) -> tuple[Tensor, ...]:
+        token_weights = classes.token_weights
+        assert token_weights is not None
         rows = hidden.reshape(-1, hidden.shape[-1])
         if sequence_parallel:
             # Every rank needs the hidden states of all tokens for its vocab shard.
@@ -53,15 +52,13 @@ class FusedLinearLoss(torch.autograd.Function):
         if needs_grad and hidden.requires_grad:
             hidden_grad = torch.empty_like(rows)
         if needs_grad and weight.requires_grad:
-            weight_grad = weight.new_zeros(weight.shape, dtype=targets.probs.dtype)
-        layer = _OutputLayer(rows, weight.to(rows.dtype), hidden_grad, weight_grad)
+            weight_grad = weight.new_zeros(weight.shape, dtype=classes.probs.dtype)
+        scratch = Scratch(classes.probs.dtype, config)
+        layer = _OutputLayer(rows, weight.to(rows.dtype), hidden_grad, weight_grad, scratch.dtype)
         largest = torch.cat([token_weights.abs(), token_weights.new_zeros(1)]).amax()
         unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        walked = (layer, columns, targets, config, token_weights / unit)
-        if group is None:
-            value, student = _whole_walk(*walked)
-        else:
-            value, student = _sharded_walk(*walked, group)
+        walked = (layer, classes._replace(token_weights=token_weights / unit), config, scratch)
+        value, student = whole_pass(*walked) if group is None else sharded_pass(*walked, group)
         if hidden_grad is not None:
             # Every shard's logits contribute to the hidden states; with sequence parallelism each
             # rank keeps its own tokens of the sum.
@@ -78,7 +75,7 @@ class FusedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         if scale is None:
-            return (None,) * 9
+            return (None,) * 7
         hidden_grad, weight_grad, unit = ctx.saved_tensors
         scale = scale * unit
         # In place: each gradient is as large as its tensor, and nothing else refers to it.
@@ -86,33 +83,47 @@ class FusedLinearLoss(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(scale)
         if weight_grad is not None:
             weight_grad = _hand_over(weight_grad.mul_(scale), ctx.weight)
-        return hidden_grad, weight_grad, *(None,) * 7
+        return hidden_grad, weight_grad, *(None,) * 5
 
 
 class _OutputLayer:
     """`rows` `[N, H]` times `matrix` `[Vp, H]`, block by block, and the gradients of both.
 
-    A gradient that is None is not asked for.
+    A gradient that is None is not asked for. The logits of a block exist until the next one: a
+    vocab shard, which is walked twice, computes them twice.
     """
 
+    keeps_exponentials = False
+
     def __init__(
-        self, rows: Tensor, matrix: Tensor, rows_grad: Tensor | None, matrix_grad: Tensor | None
+        self,
+        rows: Tensor,
+        matrix: Tensor,
+        rows_grad: Tensor | None,
+        matrix_grad: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
-        self.rows, self.matrix = rows, matrix
+        self.rows, self.matrix, self.dtype = rows, matrix, dtype
         self.rows_grad, self.matrix_grad = rows_grad, matrix_grad
         self.needs_grad = rows_grad is not None or matrix_grad is not None
         block_bytes = _BLOCK_BYTES.get(rows.device.type, _BLOCK_BYTES["cuda"])
         self._num_tokens = max(1, block_bytes // (len(matrix) * rows.dtype.itemsize))
         self._memory = rows.new_empty(min(self._num_tokens, len(rows)), len(matrix))
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The rows and the logits `[n, Vp]` of each block. The next block overwrites the logits."""
+    def walk(self, writes: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """As Logits.walk; the gradient of a chunk overwrites its logits."""
         for begin in range(0, max(1, len(self.rows)), self._num_tokens):
-            part = slice(begin, min(begin + self._num_tokens, len(self.rows)))
-            memory = self._memory[: part.stop - part.start]
-            yield part, torch.mm(self.rows[part], self.matrix.t(), out=memory)
+            block = slice(begin, min(begin + self._num_tokens, len(self.rows)))
+            # Every block overwrites the logits of the one before.
+            logits = self._memory[: block.stop - begin]
+            torch.mm(self.rows[block], self.matrix.t(), out=logits)
+            for rows, chunk, out in chunks(self.dtype, logits, logits if writes else None):
+                yield slice(begin + rows.start, begin + rows.stop), chunk, out
+            # The pass asks for the next chunk when the gradient of the block's last one is written.
+            if writes:
+                self._accumulate(block, logits)
 
-    def accumulate(self, part: slice, gradient: Tensor) -> None:
+    def _accumulate(self, part: slice, gradient: Tensor) -> None:
         """Takes dloss/dz `[n, Vp]` of the block `part` into the gradients of rows and matrix."""
         if self.rows_grad is not None:
             torch.mm(gradient, self.matrix, out=self.rows_grad[part])
@@ -125,54 +136,6 @@ class _OutputLayer:
         for begin in range(0, len(self.matrix_grad), _IDS_PER_PRODUCT):
             ids = slice(begin, begin + _IDS_PER_PRODUCT)
             self.matrix_grad[ids] += gradient[:, ids].t() @ self.rows[part]
-
-
-def _whole_walk(
-    layer: _OutputLayer,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    token_weights: Tensor,
-) -> tuple[Tensor, Student]:
-    """D `[N]` and the student, of a whole vocabulary. The gradient of a block overwrites it."""
-    scratch = Scratch(targets.probs.dtype, config)
-    values, students = [], []
-    for part, logits in layer.blocks():
-        gradients = logits if layer.needs_grad else None
-        own = (take(columns, part), take(targets, part), config, scratch, token_weights[part])
-        value, student = whole_pass(logits, gradients, *own)
-        layer.accumulate(part, logits)
-        values.append(value)
-        students.append(student)
-    return torch.cat(values), concatenate(students)
-
-
-def _sharded_walk(
-    layer: _OutputLayer,
-    columns: Columns,
-    targets: Targets,
-    config: KDLossConfig,
-    token_weights: Tensor,
-    group: ProcessGroup,
-) -> tuple[Tensor, Student]:
-    """The same for a vocab shard: every block's logits are computed twice, rather than kept."""
-    scratch = Scratch(targets.probs.dtype, config)
-    local = concatenate(
-        [
-            measure_chunks(logits, None, take(columns, part), config, scratch)
-            for part, logits in layer.blocks()
-        ]
-    )
-    student = combine(local, config, group)
-    if not layer.needs_grad:
-        return divergence(student, targets, config)[0], student
-    values = []
-    for part, logits in layer.blocks():
-        own = (take(student, part), take(columns, part), take(targets, part), config, scratch)
-        peak = local.peak[part]
-        values.append(form_chunks(logits, logits, peak, *own, token_weights[part]))
-        layer.accumulate(part, logits)
-    return torch.cat(values), student
 
 
 def _hand_over(gradient: Tensor, weight: Any) -> Tensor:

@@ -21,7 +21,7 @@ from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepa
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
-from nemo_kd.teacher.run import fill, parse_shards
+from nemo_kd.teacher.run import TeacherRun, parse_shards
 
 # Settings of `data` that say where and how to read, not what the tokens are.
 _NOT_IN_MANIFEST = (
@@ -82,7 +82,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
     replica, forward = _replica_and_forward(model, selection)
     shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
     try:
-        fill(writer, shards, replica, forward, samples, data, cut_sample, shows_progress)
+        run = TeacherRun(writer, replica, forward, samples, data, cut_sample)
+        run.fill(shards, shows_progress)
         # No rank ends, and with it the job's process group, while another still fills a shard.
         torch.distributed.barrier(everyone)
     except RuntimeError:  # gloo's: what this rank waits for has ended, maybe by SIGTERM too

@@ -1,4 +1,4 @@
-"""One replica of the teacher: its ranks take the same shards, and stop together."""
+"""One replica of the teacher: its ranks work on the same shard, and stop together."""
 
 import signal
 import time
@@ -13,22 +13,23 @@ from torch.distributed import ProcessGroup
 from nemo_kd.cache import CacheWriter
 from nemo_kd.process import exit_stopped
 
-# How long replicas wait for each other's shards.
+# How long the ranks of a replica wait for their leader, which waits for the shards of other jobs.
 PATIENCE = timedelta(days=7)
-# Seconds between looks at what other jobs have left: each look is a few operations a claim.
+# Seconds between two looks at the shards that other jobs work on. A look reads every claim file.
 _POLL_S = 5
-# Stands in the place of a shard's number: the leader was asked to stop while it waited.
+# The leader sends this instead of a shard's number when it was asked to stop while it waited.
 _STOP = -1
 
 
 class Replica:
-    """This process's replica of the teacher: its ranks go through the same shards in step.
+    """The ranks of one copy of the teacher, seen from one of them: they fill the same shards.
 
     The leader, the one rank of the last pipeline stage that writes, claims for all of them.
 
-    On SIGTERM, with which Slurm preempts, all ranks stop at the same point; otherwise the others
-    would hang in a collective. The signal's handler only takes a note: an exit that it raised could
-    fall between the making of a claim file and the writing of its owner, and leave the file behind.
+    On SIGTERM, which Slurm sends to preempt a job, all ranks stop at the same point; otherwise the
+    others would hang in a collective. The signal's handler only takes a note: if the handler ended
+    the process, it could do so after a claim file is made and before the owner is written into it,
+    and the file would stay.
 
     Args:
         group: the ranks of this replica, over tensor and pipeline parallelism.
@@ -53,7 +54,7 @@ class Replica:
         self._asked = True
 
     def claim_shards(self, writer: CacheWriter, shards: list[int]) -> Iterator[int]:
-        """The shards that this replica is to fill; ends when all of `shards` are there."""
+        """The shards that this replica is to fill. It ends when all of `shards` are published."""
         with closing(writer.claim_shards(shards, wait=self._wait)) as claims:
             while True:
                 shard = [self._next(claims)]
@@ -66,27 +67,27 @@ class Replica:
                 yield shard[0]
 
     def stop_if_asked(self) -> None:
-        """End all ranks if any was asked to: unwinding removes the open shard and its claim."""
+        """Ends all ranks if one was asked to. The exit removes the open shard and its claim."""
         asked = torch.tensor(int(self._asked))
-        # One rank's signal counts for all, so that no rank enters the next forward pass alone.
+        # A maximum: no rank enters the next forward pass when another rank has stopped.
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
         if asked:
             self._stop()
 
     def stop_if_asked_alone(self) -> None:
-        """The same, where the other ranks can no longer be told."""
+        """Ends this rank if it was asked to, at a point that has no collectives left."""
         if self._asked:
             self._stop()
 
     def _stop(self) -> NoReturn:
         exit_stopped(
-            "stopped by SIGTERM; the finished shards stay, and the same command goes on from them"
+            "stopped by SIGTERM; the finished shards stay, and the same command resumes from them"
             if self.leads
             else None
         )
 
     def _next(self, claims: Iterator[int]) -> int | None:
-        """On the leader the next shard, if there is one, or _STOP."""
+        """On the leader, the next shard, None when there is none, or _STOP."""
         if not self.leads:
             return None
         try:
@@ -95,7 +96,7 @@ class Replica:
             return _STOP
 
     def _wait(self) -> None:
-        """Pass some seconds, while other jobs are at work on what is left."""
+        """Waits for _POLL_S seconds while other jobs work on the missing shards."""
         for _ in range(_POLL_S):
             if self._asked:
                 raise InterruptedError

@@ -1,4 +1,4 @@
-"""Write the cache of a smaller K from one of a larger, whose values are rounded once more.
+"""Write a cache of a smaller K from a cache of a larger K. The values are rounded once more.
 
 python studies/kd_vs_sft/cut_cache.py cache-500 cache-20 --k 20
 """
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def cut(sample: Sample, k: int) -> Sample:
-    """The k most probable entries of each row; the others' mass joins the tail."""
+    """The k most probable entries of each row; the probability of the others joins the tail."""
     order = np.argsort(-sample.topk_log_probs, axis=1, kind="stable")
     ids = np.take_along_axis(sample.topk_ids, order, axis=1)
     log_probs = np.take_along_axis(sample.topk_log_probs, order, axis=1)

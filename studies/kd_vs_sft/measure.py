@@ -1,16 +1,16 @@
-"""Measure a student on held-out prompts, out of NeMo: exported, and run by transformers.
+"""Measure a student on held-out prompts, outside NeMo: it is exported and run by transformers.
 
     PYTHONPATH=examples python studies/kd_vs_sft/measure.py \
         student.nemo heldout-cache references.json measures.json
 
-All but the greedy answers are means over the supervised tokens of the cache, which holds the
-teacher's whole distribution:
+The cache must hold the teacher's whole distribution. All measures but exact_match are means over
+its supervised tokens:
 
-    ce              cross entropy of the teacher's sampled answers, nats
-    kl              KL(teacher || student) over the vocabulary, nats
+    ce              cross entropy of the teacher's sampled answers, in nats
+    kl              KL(teacher || student) over the whole vocabulary, in nats
     top1_agreement  the student's most probable token is the teacher's
     ece             expected calibration error (Guo et al. 2017, arXiv 1706.04599), 15 bins
-    exact_match     of greedy answers, normalised, with any of the corpus's own to that question
+    exact_match     the greedy answer, normalised, is one of the corpus's answers to the question
 """
 
 import argparse
@@ -37,8 +37,8 @@ BINS = 15
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("student", type=Path, help="a .nemo")
-    parser.add_argument("cache", type=Path, help="of held-out samples, k the whole vocabulary")
-    parser.add_argument("references", type=Path, help="JSON: question to its list of answers")
+    parser.add_argument("cache", type=Path, help="held-out samples; k is the whole vocabulary")
+    parser.add_argument("references", type=Path, help="JSON: each question and its list of answers")
     parser.add_argument("output", type=Path, help="the JSON to write")
     parser.add_argument("--max-new-tokens", type=int, default=24)
     arguments = parser.parse_args()
@@ -85,9 +85,9 @@ def over_tokens(model: Any, cache: TopKCache) -> dict[str, float]:
 
 
 def batch_columns(model: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """The measures of each supervised token of some samples, [P of all]."""
+    """The measures of each supervised token of all the samples, one column each."""
     longest = max(len(sample.tokens) for sample in samples)
-    # Padding stands on the right, where causal attention keeps it out of what comes before.
+    # Padding stands on the right. There causal attention hides it from the tokens before it.
     tokens = torch.tensor(
         np.stack([np.pad(sample.tokens, (0, longest - len(sample.tokens))) for sample in samples])
     ).long()
@@ -98,7 +98,7 @@ def batch_columns(model: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:
     student = logits.float().log_softmax(1)
     ids = torch.tensor(np.concatenate([sample.topk_ids for sample in samples])).long()
     stored = torch.tensor(np.concatenate([sample.topk_log_probs for sample in samples]))
-    # Normalised anew: each was rounded to float16.
+    # Normalised again, because each log-prob was rounded to float16.
     teacher = torch.full_like(student, -torch.inf).scatter(1, ids, stored).log_softmax(1)
     labels = tokens[:, 1:][mask[:, 1:]]
     confidence, predicted = student.max(1)
@@ -113,7 +113,7 @@ def batch_columns(model: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """Mean over tokens of |accuracy - confidence| of the token's bin."""
+    """The mean over all tokens of |accuracy - confidence| of the bin that a token lies in."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, correct - confidence)
     return (gaps.abs().sum() / len(confidence)).item()
@@ -144,7 +144,7 @@ def greedy_answers(
 
 
 def normalised(answer: str) -> str:
-    """Lower case, without punctuation, articles and repeated blanks, as SQuAD's exact match."""
+    """Lower case, without punctuation, articles and repeated blanks, as in SQuAD's exact match."""
     words = re.sub(r"[^\w\s]", "", answer.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 

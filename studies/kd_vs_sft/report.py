@@ -1,4 +1,4 @@
-"""The study's tables and plots out of its results: results.json -> report.md, *.png.
+"""Make the study's tables and plots from its results: results.json -> report.md, *.png.
 
 python studies/kd_vs_sft/report.py docs/study
 """
@@ -23,7 +23,7 @@ TOKEN_MEASURES = ("ce", "kl", "top1_agreement", "ece")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path, help="where results.json is and the rest goes")
+    parser.add_argument("directory", type=Path, help="has results.json; the files are written here")
     write_report(parser.parse_args().directory)
 
 
@@ -53,7 +53,7 @@ def sweep_table(results: dict[str, Any]) -> str:
 
 
 def main_table(results: dict[str, Any]) -> str:
-    """NVIDIA's: objective by steps, mean and standard deviation over seeds."""
+    """Each objective after 70% and after all of the steps; mean and deviation over seeds."""
     lines = [
         [name, "", *(number(results[key][measure]) for measure in MEASURES)]
         for key, name in (("teacher", "the teacher"), ("student", "the student before"))
@@ -67,7 +67,7 @@ def main_table(results: dict[str, Any]) -> str:
 
 
 def claim_table(results: dict[str, Any]) -> str:
-    """KD + SFT at fewer steps less SFT at all, seed by seed."""
+    """KD + SFT with 70% of the steps minus SFT with all steps, for each seed."""
     sft, *distilled = results["main"]
     baseline = {row["seed"]: row for row in longest(results["main"][sft])}
     lines = []
@@ -86,7 +86,7 @@ def claim_table(results: dict[str, Any]) -> str:
 
 
 def storage_table(results: dict[str, Any]) -> str:
-    """K by tail by bytes a supervised token, one seed, at fewer steps."""
+    """Each K and tail with its bytes per supervised token; one seed, 70% of the steps."""
     lines = []
     for row in storage_rows(results):
         cache = results["caches"][row["cache"]]
@@ -105,7 +105,7 @@ def storage_table(results: dict[str, Any]) -> str:
 
 
 def other_table(results: dict[str, Any]) -> str:
-    """The other settings, each beside the run without them, K = 100, one seed, at fewer steps."""
+    """The other settings beside the run without them; K = 100, one seed, 70% of the steps."""
     changed = [row for row in results["others"] if set(row["settings"]) > {"tail"}]
     tails = {row["settings"]["tail"] for row in changed}
     plain = [
@@ -122,7 +122,7 @@ def other_table(results: dict[str, Any]) -> str:
 
 
 def longest(rows: list[Row]) -> list[Row]:
-    """The runs of all the steps."""
+    """The runs that have all the steps."""
     return [row for row in rows if row["steps"] == max(row["steps"] for row in rows)]
 
 
@@ -137,7 +137,7 @@ def number(value: float) -> str:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, of several, the standard deviation."""
+    """The mean and, of several values, the standard deviation."""
     text = f"{mean(values):{sign}.3f}"
     return f"{text} ± {stdev(values):.3f}" if len(values) > 1 else text
 
@@ -156,14 +156,14 @@ def mean_curve(rows: list[Row]) -> list[tuple[int, float, float, float]]:
 
 
 def crossing(sft: list[Row], distilled: list[Row]) -> tuple[float, int | None]:
-    """SFT's best mean CE, and the first validation at which the other's mean is at most that."""
+    """SFT's best mean CE, and the first step at which the mean of `distilled` is at most that."""
     best = min(value for _, value, *_ in mean_curve(sft))
     curve = mean_curve(distilled)
     return best, next((step for step, value, *_ in curve if value <= best), None)
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:
-    """Held-out CE against steps, with the steps at which KD + SFT passes SFT's best."""
+    """Draw held-out CE against steps, with the step at which KD + SFT passes the best of SFT."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -185,7 +185,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_storage(results: dict[str, Any], path: Path) -> None:
-    """Quality against bytes: each run, and the line of those that no run beats in both."""
+    """Draw quality against bytes: each run, and a line through those that no run beats in both."""
     from matplotlib.figure import Figure
 
     rows = storage_rows(results)

@@ -1,10 +1,10 @@
-"""Let the teacher write the data: its answers to questions, sampled at temperature 1.
+"""Let the teacher write the data: it answers questions, sampled at temperature 1.
 
     PYTHONPATH=examples python studies/kd_vs_sft/sample_answers.py \
         teacher.gguf questions.json answers.jsonl
 
-Killed and restarted, it goes on with the first batch that is not whole; a batch's draws depend on
-the seed and its number alone.
+A run that was interrupted resumes with the first batch that is not complete. The draws of a batch
+depend only on the seed and on its number.
 """
 
 import argparse
@@ -26,9 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher", type=Path, help="a Hugging Face directory or a .gguf file")
     parser.add_argument("questions", type=Path, help="JSON list of strings")
-    parser.add_argument("output", type=Path, help="jsonl of input and output")
-    parser.add_argument("--answers", type=int, default=1, help="of each question")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="an answer is cut there")
+    parser.add_argument("output", type=Path, help="the jsonl to write, with input and output")
+    parser.add_argument("--answers", type=int, default=1, help="answers to each question")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=24, help="an answer is cut at this length"
+    )
     parser.add_argument("--seed", type=int, default=1234)
     arguments = parser.parse_args()
 
@@ -76,7 +78,7 @@ def prompt(question: str) -> str:
 
 
 def text(answer: list[int], tokenizer: object) -> str:
-    """The answer with its end token, if the teacher gave one before it was cut."""
+    """The answer, with its end token if the teacher ended the answer before it was cut."""
     if tokenizer.eos_token_id in answer:
         answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
     return tokenizer.decode(answer)

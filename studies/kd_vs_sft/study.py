@@ -2,9 +2,9 @@
 
     make study            # two hours on two cores; make study SMALL=1: eight minutes
 
-The teacher answers questions itself; students of six of its layers are then trained on its answers
-by examples/train_kd_sft.py, two runs at a time. All of it lies under outputs/study (SMALL=1:
-outputs/study-small), and what is done is not done again: killed, it goes on where it was.
+The teacher answers questions. Students of six of its layers are then trained on these answers by
+examples/train_kd_sft.py, two runs at a time. All files lie under outputs/study (SMALL=1:
+outputs/study-small). A study that was interrupted resumes where it stopped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from nemo_kd.cache.inspection import summarize
 HERE = Path(__file__).parent
 SEED = 1234
 QUESTION_CHARACTERS = 60
-MAX_SEQ_LENGTH = 64  # none is cut: some 25 tokens of prompt and 24 of answer
+MAX_SEQ_LENGTH = 64  # no sample is cut: a prompt has some 25 tokens, an answer at most 24
 TAILS = ("renormalize", "bucket", "label", "drop")
 SFT = {"kd_loss_weight": 0, "sft_loss_weight": 1}
 RENORMALIZE = {"tail": "renormalize"}  # as NeMo-Aligner
@@ -34,8 +34,8 @@ LABEL = {"tail": "label"}
 MAIN_CACHE = "top_k-100"
 VALIDATION_BATCH = 16
 VALIDATIONS = 10
-CLAIM = 0.7  # of the steps
-# What is not top_k, which is cut from K = 500, has a dump of its own.
+CLAIM = 0.7  # the share of the steps after which KD + SFT is compared with SFT
+# Each of these has a teacher run of its own; the caches of top_k are cut from one of K = 500.
 SELECTIONS: dict[str, dict[str, Any]] = {
     "top_p-0.99": {"kind": "top_p", "p": 0.99, "k": 4096},
     "sample-50": {"kind": "sample", "num_draws": 50},
@@ -46,15 +46,15 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 class Scale:
     questions: dict[str, int]
     answers: dict[str, int]
-    """of the teacher's to a question"""
+    """answers of the teacher to each question"""
     batch: int
     steps: int
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     objectives: dict[str, dict[str, Any]]
-    """settings of the main runs, of which there is one a seed"""
+    """settings of the main runs; there is one run per seed"""
     others: tuple[tuple[str, dict[str, Any]], ...]
-    """caches and settings of the other runs, of which there is one each"""
+    """caches and settings of the other runs; there is one run of each"""
 
     @property
     def fewer_steps(self) -> int:
@@ -103,11 +103,11 @@ SMALL = Scale(
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its name says what it is."""
+    """A training run. Its name contains all its settings."""
 
     cache: str
     settings: dict[str, Any]
-    """of model.knowledge_distillation"""
+    """keys of model.knowledge_distillation"""
     steps: int
     learning_rate: float
     seed: int
@@ -121,7 +121,9 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="the same in minutes, for no figures")
+    parser.add_argument(
+        "--small", action="store_true", help="the same in minutes; its figures mean nothing"
+    )
     small = parser.parse_args().small
     study = Study(
         Path("outputs/study-small" if small else "outputs/study"), SMALL if small else FULL
@@ -136,7 +138,7 @@ class Study:
     def __init__(self, out: Path, scale: Scale) -> None:
         self.out = out
         self.scale = scale
-        # What no step's command shows; a change of it begins anew.
+        # These settings do not show in any step's command. If one changes, the study begins again.
         settings = {
             "questions": scale.questions,
             "answers": scale.answers,
@@ -147,7 +149,7 @@ class Study:
         self.steps = Steps(out, settings)
 
     def prepare(self) -> None:
-        """The teacher, the student, the teacher's answers and the caches."""
+        """Make the teacher, the student, the teacher's answers and the caches."""
         out, run = self.out, self.steps.run
         self.write_questions()
         import_models(self.steps)
@@ -163,7 +165,7 @@ class Study:
             )
         together(
             [
-                # All of the teacher's distribution, so that the KL is over the whole vocabulary.
+                # The whole distribution, so that the KL is over the whole vocabulary.
                 partial(self.dump, "heldout", "heldout", "raw", k=VOCAB_SIZE),
                 partial(self.dump, "train", "top_k-500-raw", "raw", k=500),
                 *(
@@ -185,7 +187,7 @@ class Study:
         )
 
     def write_questions(self) -> None:
-        """chatterbot-corpus's questions (BSD), split; and its own answers to those held out."""
+        """Write questions of chatterbot-corpus (BSD), split, and answers to the held-out ones."""
         references: dict[str, list[str]] = {}
         for question, answer in sorted(set(question_answer_pairs())):
             if len(question) <= QUESTION_CHARACTERS:
@@ -196,7 +198,7 @@ class Study:
             selected, questions = questions[:number], questions[number:]
             path = self.out / f"{split}-questions.json"
             path.write_text(json.dumps(selected, indent=2) + "\n")
-        # the last of the splits is held out
+        # `selected` is now the last split, which is the held-out one
         (self.out / "references.json").write_text(
             json.dumps({question: references[question] for question in selected}, indent=2) + "\n"
         )
@@ -206,7 +208,7 @@ class Study:
             self.steps,
             split,
             cache,
-            "data.add_eos=false",  # an answer that ended has its end token in its text
+            "data.add_eos=false",  # the text of an answer that ended contains its end token
             f"data.max_seq_length={MAX_SEQ_LENGTH}",
             *(f"selection.{name}={value}" for name, value in selection.items()),
             f"cache.codec={codec}",
@@ -243,7 +245,7 @@ class Study:
         others = [
             Run(cache, settings, scale.fewer_steps, best, first) for cache, settings in scale.others
         ]
-        # by name: some of the others are main runs too
+        # by name, because some of the other runs are main runs too
         runs = {run.name: run for run in [*chain.from_iterable(main.values()), *others]}
         rows = dict(
             zip(runs, together([partial(self.train, run) for run in runs.values()]), strict=True)
@@ -260,20 +262,20 @@ class Study:
         }
 
     def cache_size(self, name: str) -> dict[str, float | None]:
-        """Means over a cache's supervised tokens: bytes of its row, kept entries and their mass."""
+        """Means over the supervised tokens of a cache: bytes, entries and their probability."""
         summary = summarize(TopKCache.open(self.out / name))
         *_, mass = summary["teacher_mass_kept"].values()
         return {
             "bytes": summary["row_bytes_per_supervised_token"],
             "entries": summary["mean_kept_entries"],
-            # what was drawn sums to one, and says nothing of the teacher's mass
+            # drawn entries sum to one, which says nothing about the teacher's probability
             "mass": None if summary["selection"]["kind"] == "sample" else mass,
         }
 
     def train(self, run: Run) -> dict[str, Any]:
-        """Train, measure, and return the run's results; the student itself is not kept."""
+        """Train, measure, and return the run's results. The student itself is deleted."""
         data = "model.data"
-        whole = run.steps == self.scale.steps  # a curve to be drawn
+        whole = run.steps == self.scale.steps  # only these runs' curves are drawn
         interval = max(1, run.steps // VALIDATIONS) if whole else run.steps
         curves = train(
             self.steps,
@@ -293,7 +295,7 @@ class Study:
                 }.items()
             ),
             *(f"model.knowledge_distillation.{k}={v}" for k, v in run.settings.items()),
-            # constant, so that a run of fewer steps is the beginning of one of more
+            # a constant rate, so that a shorter run is the beginning of a longer one
             "model.optim.sched.name=WarmupPolicy",
             "~model.optim.sched.constant_steps",
             "model.optim.sched.warmup_steps=10",
@@ -305,7 +307,7 @@ class Study:
         return {**asdict(run), **measures, "curve": curves["validation_loss"]}
 
     def measure(self, name: str) -> dict[str, Any]:
-        """The measures of a model under `out`, all numbers; see measure.py."""
+        """The measures of a model under `out`, without its answers; see measure.py."""
         output = self.out / "measures" / f"{name}.json"
         self.steps.run(
             f"measure-{name}",
