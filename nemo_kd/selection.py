@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemo_kd.sampling import uniform
 from nemo_kd.vocab_parallel import (
     LOG2_E,
     all_gather,
@@ -19,10 +20,9 @@ from nemo_kd.vocab_parallel import (
     vocab_shard_range,
 )
 
-_CHUNK_BYTES = (
-    16 * 2**20
-)  # one chunk of tokens in float32; sample holds four times as much beside it
-# The most probable entry has a mass of 2^40: a sum over 2^22 entries fits an int64.
+# Of one chunk of tokens in float32; `sample` allocates four times as much besides.
+_CHUNK_BYTES = 16 * 2**20
+# The most probable entry has a mass of 2^40, so that a sum over 2^22 entries fits an int64.
 _MASS_BITS = 40
 
 
@@ -39,13 +39,12 @@ class SelectionConfig:
     p: float = 0.99  # top_p: the smallest set with at least this mass
     num_draws: int = 50  # sample: draws with replacement
     temperature: float = 1.0  # log-probs are those of softmax(logits / temperature)
-    seed: int = 1234  # sample: with a token's row key, all that its draws depend on
+    seed: int = 1234  # sample: a token's draws depend on this and on its row key only
 
     def __post_init__(self) -> None:
         if self.kind not in ("top_k", "top_p", "sample"):
             raise ValueError(f"expected selection.kind top_k, top_p or sample, got {self.kind!r}")
-        for name in ("k", "num_draws"):
-            value = getattr(self, name)
+        for name, value in ("k", self.k), ("num_draws", self.num_draws):
             if value < 1:
                 raise ValueError(
                     f"expected selection.{name} >= 1, got {value}; set it to 1 or more"
@@ -67,7 +66,7 @@ class TeacherRows(NamedTuple):
     """What is kept of N tokens' distributions, by descending log-prob.
 
     K is `k`, or for sample the smaller of `num_draws` and the vocabulary's size. Rows of top_p and
-    sample may be shorter: id -1 and log-prob -inf fill them up.
+    sample may be shorter than K: id -1 and log-prob -inf pad them.
     """
 
     topk_ids: Tensor  # [N, K] int32, ids in the whole vocabulary
@@ -84,26 +83,49 @@ def select_teacher_rows(
 ) -> TeacherRows:
     """The rows of `log_softmax(z / T)` that `config` keeps.
 
-    top_k keeps the K largest of z; top_p the fewest largest that hold at least the mass p, and at
-    most K; sample the entries that `num_draws` draws with replacement hit, each with
-    `log(count / num_draws)`, and no tail. Equal logits: the lower id first.
+    top_k keeps the K largest of z. top_p keeps the fewest largest that hold at least the mass p,
+    and at most K. sample keeps the entries that `num_draws` draws with replacement hit, each with
+    `log(count / num_draws)`, and no tail. Among equal logits the lower id comes first.
 
-    `logits` is `[N, Vp]` of any float type, this rank's vocab shard; ids from `vocab_size` up are
-    padding and take no part. Every rank returns the same rows. float32 inside, one chunk of tokens
-    at a time. Collectives: three all-gathers of at most K entries a token; for sample, a chunk, one
-    max, one all-gather and one sum of `num_draws` ids a token.
+    Every rank returns the same rows. They are computed in float32, one chunk of tokens at a time.
+    Collectives: three all-gathers of at most K entries a token; for sample, in each chunk, a max,
+    an all-gather and a sum of `num_draws` ids a token.
 
     Args:
-        row_keys: `[N]` int64, what sample seeds a token's draws with, besides `config.seed`: a
-            number that no other token of the run has, such as `sample << 32 | position`.
+        logits: `[N, Vp]` of any float type, this rank's vocab shard. Ids from `vocab_size` up are
+            padding and take no part.
+        row_keys: `[N]` int64, for sample: the seed of a token's draws, besides `config.seed`. No
+            other token of the run may have the same, such as `sample << 32 | position`.
 
-    A row of logits with NaN or inf has NaN log-probs, which no cache takes.
+    A row whose logits hold NaN or inf gets NaN log-probs, which the cache's writer refuses.
 
     Raises:
-        ValueError: K is above `vocab_size`, `vocab_size` above the columns that there are, or
+        ValueError: K is above `vocab_size`, `vocab_size` is above the number of columns, or
             `row_keys` is missing.
     """
-    num_columns = logits.shape[-1] * num_vocab_shards(tp_group)
+    _check_vocabulary(config, vocab_size, logits.shape[-1] * num_vocab_shards(tp_group))
+    start, _ = vocab_shard_range(logits.shape[-1], tp_group)
+    tokens_per_chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    chunks = (
+        _scaled(chunk, config.temperature, num_ids=max(0, vocab_size - start))
+        for chunk in torch.split(logits, tokens_per_chunk)
+    )
+    if config.kind == "sample":
+        if row_keys is None:
+            raise ValueError("expected row_keys, the seeds of the draws, for selection.kind=sample")
+        keys = torch.split(row_keys, tokens_per_chunk)
+        drawn = [
+            _draw(chunk, config, vocab_size, chunk_keys, tp_group)
+            for chunk, chunk_keys in zip(chunks, keys, strict=True)
+        ]
+        return TeacherRows(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+    candidates = [_local_candidates(chunk, config.k) for chunk in chunks]
+    values, ids, rest = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+    rows = _merge(values, ids + start, rest, config.k, tp_group)
+    return rows if config.kind == "top_k" else _cut(rows, config.p)
+
+
+def _check_vocabulary(config: SelectionConfig, vocab_size: int, num_columns: int) -> None:
     if not 1 <= vocab_size <= num_columns:
         raise ValueError(
             f"expected 1 <= vocab_size <= {num_columns}, the logits' columns over all ranks; got "
@@ -114,52 +136,36 @@ def select_teacher_rows(
             f"expected selection.k <= {vocab_size}, the vocabulary's size, got "
             f"selection.k={config.k}; set selection.k={vocab_size} to keep every entry"
         )
-    start, _ = vocab_shard_range(logits.shape[-1], tp_group)
-    tokens_per_chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
 
-    def scaled(chunk: Tensor) -> Tensor:
-        chunk = chunk.to(torch.float32, copy=True)
-        chunk[:, max(0, vocab_size - start) :] = -torch.inf
-        return chunk if config.temperature == 1 else chunk.div_(config.temperature)
 
-    chunks = torch.split(logits, tokens_per_chunk)
-    if config.kind == "sample":
-        if row_keys is None:
-            raise ValueError("expected row_keys, the seeds of the draws, for selection.kind=sample")
-        parts = [
-            _draw(scaled(chunk), config, keys, tp_group)
-            for chunk, keys in zip(chunks, torch.split(row_keys, tokens_per_chunk), strict=True)
-        ]
-        ids, counts, finite = (torch.cat(part) for part in zip(*parts, strict=True))
-        ids, counts = ids[:, :vocab_size], counts[:, :vocab_size]
-        log_probs = (counts.double() / config.num_draws).log().float()
-        log_probs[~finite] = torch.nan  # as those of the other kinds are then
-        return TeacherRows(ids.int(), log_probs, log_probs.new_full((len(logits),), -torch.inf))
-    candidates = [_local_candidates(scaled(chunk), config.k) for chunk in chunks]
-    values, ids, rest = (torch.cat(part) for part in zip(*candidates, strict=True))
-    rows = _merge(values, ids + start, rest, config.k, tp_group)
-    return rows if config.kind == "top_k" else _cut(rows, config.p)
+def _scaled(logits: Tensor, temperature: float, num_ids: int) -> Tensor:
+    """`logits / temperature` in float32; -inf in the padding, the columns from `num_ids` up."""
+    # A copy, because the caller's logits stay as they are and what follows writes in place.
+    logits = logits.to(torch.float32, copy=True)
+    logits[:, num_ids:] = -torch.inf
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _local_candidates(scaled: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """This shard's k largest, their columns, and the log-sum-exp of its others; spoils `scaled`.
+    """This shard's k largest, their columns, and the log-sum-exp of the others.
 
-    The tail is summed from the logits that were not kept, never as 1 - sum of the kept: a confident
-    teacher's tail of 1e-12 is as exact as one of 0.5.
+    Overwrites `scaled`. The tail is the sum of what was not kept, never 1 - the sum of what was
+    kept: so a confident teacher's tail of 1e-12 is as exact as one of 0.5.
     """
     values, columns = _topk(scaled, min(k, scaled.shape[-1]))
     rest = scaled.scatter_(1, columns, -torch.inf)
-    # A quarter of torch.logsumexp's time, which is most of what a row costs here.
+    # In place and with exp2: a quarter of torch.logsumexp's time, which dominates that of a row.
     peak = rest.amax(-1, keepdim=True).clamp_(min=torch.finfo(rest.dtype).min)  # -inf: all are kept
     rest.sub_(peak).mul_(LOG2_E).exp2_()
     return values, columns, rest.sum(-1).log_().add_(peak[:, 0])
 
 
 def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`global_topk(logits, k, None)`, from the k blocks of columns with the largest maxima.
+    """`global_topk(logits, k, None)`, found within the k blocks of columns with the largest maxima.
 
-    A column elsewhere has k before it: of each of these blocks one that is larger, or as large
-    with a lower id. So the blocks, in order of their columns, also break ties as the row does.
+    No other block can hold one of the k: each of the k blocks has a column that is larger, or as
+    large with a lower id. The blocks stay in the order of their columns, so that ties among the
+    candidates break by id, as in the row.
     """
     num_tokens, num_columns = logits.shape
     block = 2 << int(log2(num_columns / k) / 2)
@@ -176,12 +182,13 @@ def _merge(
     values: Tensor, ids: Tensor, rest: Tensor, k: int, tp_group: ProcessGroup | None
 ) -> TeacherRows:
     """The k largest of all shards' candidates, normalised over the whole vocabulary."""
-    # Shards follow each other by id, so that the place among candidates breaks ties as the id does.
+    # Every rank needs all shards' candidates. They follow each other in the order of ids, so that
+    # global_topk, which breaks ties by place, breaks them by id.
     values = torch.cat(all_gather(values, tp_group), dim=-1)
     ids = torch.cat(all_gather(ids, tp_group), dim=-1)
     values, places = global_topk(values, values.shape[-1], None)
     kept = values[:, :k]
-    # Outside the row: what no shard offered, and what the shards offered above K in all.
+    # The tail: what no shard offered, and the candidates after the first k.
     tail = torch.cat([global_log_sum_exp(rest, tp_group)[:, None], values[:, k:]], dim=-1)
     normaliser = torch.cat([kept, tail], dim=-1).logsumexp(-1)
     return TeacherRows(
@@ -192,9 +199,9 @@ def _merge(
 
 
 def _cut(rows: TeacherRows, p: float) -> TeacherRows:
-    """Keep an entry while it and all after it, the tail included, hold more than 1 - p."""
+    """Keep the entries that, together with all after them and the tail, hold more than 1 - p."""
     mass = torch.cat([rows.topk_log_probs, rows.tail_log_probs[:, None]], dim=-1).double().exp()
-    # Summed from the smallest up, so that p = 1 keeps all that has mass.
+    # Summed from the smallest up, so that rounding loses no entry that has mass when p is 1.
     kept = mass.flip(-1).cumsum(-1).flip(-1)[:, :-1] > 1 - p
     kept[:, 0] = True
     cut = rows.topk_log_probs.masked_fill(kept, -torch.inf).logsumexp(-1)
@@ -206,33 +213,43 @@ def _cut(rows: TeacherRows, p: float) -> TeacherRows:
 
 
 def _draw(
-    scaled: Tensor, config: SelectionConfig, row_keys: Tensor, tp_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids and counts `[N, num_draws]` of a chunk's draws, largest count first, then lowest id; and
-    `[N]` whether the row has no NaN or inf to draw from.
+    scaled: Tensor,
+    config: SelectionConfig,
+    vocab_size: int,
+    row_keys: Tensor,
+    tp_group: ProcessGroup | None,
+) -> TeacherRows:
+    """The rows that a chunk's draws hit; overwrites `scaled`.
 
-    A draw is the first id up to which the masses sum to more than u * total. The masses are whole
-    numbers: their sums are the same however the vocabulary is sharded, and so are the draws.
-    Spoils `scaled`.
+    A draw is the first id up to which the masses sum to more than u * total, u uniform in [0, 1).
+    Masses are integers, because sums of integers do not depend on how the vocabulary is sharded.
     """
+    # Every shard must scale its masses by the same, the row's largest logit.
     top = all_reduce_max(scaled.amax(-1), tp_group)
     mass = scaled.sub_(top[:, None]).exp_().mul_(2.0**_MASS_BITS).long()
     up_to = mass.cumsum_(-1)
     own = up_to[:, -1:].clone()
-    totals = all_gather(own, tp_group)
-    rank = 0 if tp_group is None else tp_group.rank()
-    total = torch.stack(totals).sum(0)
-    before = torch.stack([torch.zeros_like(own), *totals[:rank]]).sum(0)
-    uniform = _uniform(row_keys, config.seed, config.num_draws)
-    targets = (uniform * total.double()).long().clamp(max=total - 1) - before
-    ids = torch.searchsorted(up_to, targets, right=True)
-    ids += vocab_shard_range(scaled.shape[-1], tp_group)[0]
+    # The mass up to the end of each shard says where this shard's part of u * total begins.
+    ends = torch.stack(all_gather(own, tp_group)).cumsum(0)
+    total = ends[-1]
+    start, _ = vocab_shard_range(scaled.shape[-1], tp_group)
+    before = ends[start // scaled.shape[-1]] - own
+    targets = uniform(row_keys, config.seed, config.num_draws) * total.double()
+    targets = targets.long().clamp(max=total - 1) - before
+    ids = torch.searchsorted(up_to, targets, right=True) + start
+    # One shard owns each draw and the others add 0, so that the sum is its id, on every rank.
     ids = all_reduce_sum(torch.where((targets >= 0) & (targets < own), ids, 0), tp_group)
-    return *_count(ids), top.isfinite()
+    ids, counts = (part[:, :vocab_size] for part in _count(ids))
+    log_probs = (counts.double() / config.num_draws).log().float()
+    log_probs[~top.isfinite()] = torch.nan
+    return TeacherRows(ids.int(), log_probs, log_probs.new_full((len(ids),), -torch.inf))
 
 
 def _count(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids and their counts, both padded to the number of draws: -1, and 0."""
+    """Distinct ids and their counts, both `[N, num_draws]`, padded by -1 and 0.
+
+    The largest count comes first, and among equal counts the lowest id.
+    """
     draws = draws.sort(dim=-1).values
     is_new = draws.diff(dim=-1, prepend=draws[:, :1] - 1) != 0
     places = is_new.cumsum(-1) - 1
@@ -240,23 +257,3 @@ def _count(draws: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.full_like(draws, -1).scatter_(1, places, draws)
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
     return ids.gather(1, order), counts
-
-
-def _uniform(row_keys: Tensor, seed: int, num_draws: int) -> Tensor:
-    """`[N, num_draws]` float64 in [0, 1): a hash of seed, row key and number of the draw."""
-    step = -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as an int64
-    states = _mix(row_keys + _mix(torch.full_like(row_keys, seed) + step))
-    numbers = torch.arange(1, num_draws + 1, device=row_keys.device)
-    return _shift(_mix(states[:, None] + numbers * step), 11).double() * 2.0**-53
-
-
-def _mix(state: Tensor) -> Tensor:
-    """The output function of SplitMix64 on int64, whose products wrap around."""
-    state = (state ^ _shift(state, 30)) * -0x40A7B892E31B1A47
-    state = (state ^ _shift(state, 27)) * -0x6B2FB644ECCEEE15
-    return state ^ _shift(state, 31)
-
-
-def _shift(state: Tensor, bits: int) -> Tensor:
-    """The bits moved right, with zeros behind them, not copies of the sign."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)

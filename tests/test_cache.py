@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_kd.cache import CacheWriter, Manifest, Sample, SourceFile, TopKCache
-from nemo_kd.cache.manifest import fingerprint_file, record_bytes
+from nemo_kd.cache.manifest import fingerprint_file, read_record, record_bytes
 
 PAIRS = (
     "tokens",
@@ -45,6 +45,7 @@ def make_manifest(num_samples=5, samples_per_shard=2, vocab_size=50, k=3, **chan
         "dataset": {"prompt_template": "{input} {output}", "max_seq_length": 64},
         "num_samples": num_samples,
         "samples_per_shard": samples_per_shard,
+        "codec": "raw",
     }
     return Manifest(**fields | changes)
 
@@ -373,15 +374,15 @@ ROW = np.zeros((2, 3), np.float32)
     [
         ({"tokens": np.zeros(4, np.float32)}, r"tokens: expected integer \[4\], got float32 \[4\]"),
         ({"tokens": np.zeros((4, 1), np.int64)}, r"tokens: expected integer \[4\], got int64"),
-        ({"tokens": np.full(4, 50)}, r"tokens: expected ids from 0 to 49 .*got 50 to 50"),
+        ({"tokens": np.full(4, 50)}, r"tokens: expected ids from 0 to 49 .*got 50"),
         ({"loss_mask": np.zeros(3, np.uint8)}, r"loss_mask: expected integer \[4\], got uint8 \[3"),
         ({"loss_mask": np.array([0, 0, 1, 2])}, r"loss_mask: expected zeros and ones, got \[0 1 2"),
         ({"loss_mask": np.array([1, 0, 0, 1])}, "loss_mask: expected 0 at the first token"),
         ({"loss_mask": np.array([0, 1, 1, 1])}, r"topk_ids: expected integer \[3, 3\], got int64"),
         ({"context_length": 5}, "context_length: expected 0 to 4 tokens, got 5"),
         ({"context_length": -1}, "context_length: expected 0 to 4 tokens, got -1"),
-        ({"topk_ids": np.full((2, 3), 50)}, r"topk_ids: expected ids from 0 to 49 .*got 50 to 50"),
-        ({"topk_ids": np.full((2, 3), -1)}, r"topk_ids: expected ids from 0 to 49 .*got -1 to -1"),
+        ({"topk_ids": np.full((2, 3), 50)}, r"topk_ids: expected ids from 0 to 49 .*got 50"),
+        ({"topk_ids": np.full((2, 3), -1)}, r"topk_ids: expected ids from 0 to 49 .*got -1"),
         ({"topk_ids": np.array([[1, 2, 3], [7, 5, 7]])}, "each id at most once a row, got 7 twice"),
         ({"topk_ids": np.zeros((2, 4), int)}, r"expected integer \[2, 3\], got int64 \[2, 4\]"),
         ({"topk_log_probs": ROW.astype(int)}, r"topk_log_probs: expected float \[2, 3\], got int"),
@@ -419,9 +420,7 @@ def test_bad_sample(tmp_path, change, message):
             {"codec": "zip"},
             r"codec: expected one that this release knows \(raw, packed\), got 'zip'",
         ),
-        ({"value_type": "float8"}, "value_type: expected one .*float16.* got 'float8'"),
         ({"selection": {"kind": "magic"}}, "selection.kind: expected one .*top_k.* got 'magic'"),
-        ({"value_type": "count"}, "value_type: expected one .*float16.* got 'count'"),
         ({"selection": {"kind": "sample", "temperature": 1}}, "selection.num_draws: expected an"),
         (
             {"selection": {"kind": "top_p", "k": 9, "p": 1.5, "temperature": 1}},
@@ -447,6 +446,8 @@ def test_bad_manifest(change, message):
         (lambda m: {k: v for k, v in m.items() if k != "codec"}, "missing key codec"),
         (lambda m: m | {"sources": [{"name": "a"}]}, r"missing key sources\.0\.size_bytes, "),
         (lambda m: m | {"vocab_size": None}, "vocab_size: expected int, got None"),
+        (lambda m: m | {"value_type": "float8"}, "value_type: expected .*float16.* got 'float8'"),
+        (lambda m: m | {"value_type": "count"}, "value_type: expected .*float16.* got 'count'"),
         (lambda m: m | {"vocab_size": 49}, "does not match its own checksum"),
         (lambda m: [m], "expected a JSON object, got list"),
     ],
@@ -465,6 +466,48 @@ def test_manifest_bytes_depend_on_content_alone():
     assert record_bytes(manifest) == record_bytes(again)
     assert record_bytes(manifest).endswith(b"}\n")
     assert make_manifest(dataset={"a": (1, 2)}) == make_manifest(dataset={"a": [1, 2]})
+
+
+EARLIER = """\
+{
+  "codec": "raw",
+  "dataset": {
+    "max_seq_length": 64,
+    "prompt_template": "{input} {output}"
+  },
+  "format_version": 1,
+  "num_samples": 5,
+  "samples_per_shard": 2,
+  "selection": {
+    "k": 3,
+    "kind": "top_k",
+    "temperature": 1.0
+  },
+  "sources": [
+    {
+      "name": "train.jsonl",
+      "size_bytes": 9,
+      "xxh3_128": "0123"
+    }
+  ],
+  "teacher_fingerprint": "teacher",
+  "tokenizer_fingerprint": "tokenizer",
+  "value_type": "float16",
+  "vocab_size": 50,
+  "xxh3_128": "bd7e5abc3b17f79131d8fdd97ece7f7e"
+}
+"""
+
+
+def test_a_manifest_of_an_earlier_release(tmp_path):
+    """value_type was a setting once. The bytes are the same, and so is the fingerprint."""
+    path = tmp_path / "manifest.json"
+    path.write_text(EARLIER)
+    manifest = read_record(Manifest, path)
+    assert manifest == make_manifest()
+    assert record_bytes(manifest).decode() == EARLIER
+    assert manifest.fingerprint == json.loads(EARLIER)["xxh3_128"]
+    assert make_manifest(codec="packed").value_type == "12 and 5 bits"
 
 
 def test_fingerprint_file(tmp_path):

@@ -24,6 +24,7 @@ def write(path: Path, num_answer_tokens: int) -> None:
         dataset={"prompt_template": "{input} {output}"},
         num_samples=4,
         samples_per_shard=3,
+        codec="raw",
     )
     num_tokens = 3 + num_answer_tokens
     sample = Sample(

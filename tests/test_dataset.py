@@ -12,6 +12,7 @@ import torch
 from runs import run_example, scalars, train_arguments, write_jsonl
 
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache
+from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.loss import KDLossConfig
 
 K = 5
@@ -62,7 +63,6 @@ def nemo_dataset(tmp_path: Path, records: list[dict[str, str]], tokenizer: Any, 
 
 def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache:
     """A cache of NeMo's samples with random rows."""
-    from nemo_kd.nemo.dataset import tokenizer_fingerprint
     from nemo_kd.nemo.sources import cut_sample
 
     manifest = Manifest(
@@ -78,6 +78,7 @@ def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache
         },
         num_samples=len(nemo),
         samples_per_shard=5,
+        codec="raw",
     )
     manifest = replace(manifest, **more)
     writer = CacheWriter.open(path, manifest)

@@ -6,13 +6,8 @@ import torch.distributed as dist
 from distributed import run_distributed
 from test_selection import COLUMNS, NAMES, VOCAB_SIZE, teacher_logits
 
-from nemo_kd.selection import (
-    SelectionConfig,
-    TeacherRows,
-    _topk,
-    _uniform,
-    select_teacher_rows,
-)
+from nemo_kd.sampling import uniform
+from nemo_kd.selection import SelectionConfig, TeacherRows, _topk, select_teacher_rows
 
 KEYS = torch.arange(9) << 32 | 7
 TOP_P = {
@@ -133,13 +128,13 @@ def test_draws_depend_on_seed_and_key_alone() -> None:
 
 
 def test_the_hash_is_uniform_and_never_repeats() -> None:
-    uniform = _uniform(torch.arange(2000) << 32 | 9, 1234, 50).flatten()
-    assert len(uniform.unique()) == len(uniform)
-    assert 0 <= uniform.min() < 1e-4
-    assert 1 - 1e-4 < uniform.max() < 1
-    assert abs(uniform.mean() - 0.5) < 4 * (1 / 12 / len(uniform)) ** 0.5
+    numbers = uniform(torch.arange(2000) << 32 | 9, 1234, 50).flatten()
+    assert len(numbers.unique()) == len(numbers)
+    assert 0 <= numbers.min() < 1e-4
+    assert 1 - 1e-4 < numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 4 * (1 / 12 / len(numbers)) ** 0.5
     # Pinned: a cache that is resumed by a later release must get the same draws.
-    first = _uniform(torch.tensor([1 << 32 | 2]), 1234, 3)[0]
+    first = uniform(torch.tensor([1 << 32 | 2]), 1234, 3)[0]
     torch.testing.assert_close(
         first,
         torch.tensor(

@@ -32,6 +32,7 @@ def make_cache(path: Path, num_samples: int, k: int) -> TopKCache:
         dataset={},
         num_samples=num_samples,
         samples_per_shard=2,
+        codec="raw",
     )
     writer = CacheWriter.open(path, manifest)
     for shard in writer.claim_shards():

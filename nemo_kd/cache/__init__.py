@@ -14,19 +14,20 @@
         packed_rows.{bin,idx}     uint8   [...]  codec packed, in place of these three
 
 All numbers are little-endian. P is the number of ones in loss_mask: row j belongs to the j-th of
-them, at position t, and holds the teacher's distribution at t - 1. A row's entries lie side by
-side, row after row, E in all: the manifest's selection.k a row, or row_lengths (uint8, uint16 or
-int32, the smallest that holds the longest). docs/format.md has the bytes of packed_rows.
+them, at position t, and holds the teacher's distribution at t - 1. The entries of all rows follow
+each other, E in all. A row has selection.k of them (see the manifest), or as many as row_lengths
+says (uint8, uint16 or int32, the smallest that holds the longest). docs/format.md has the bytes of
+packed_rows.
 
-A pair is a Megatron IndexedDataset with one sequence, one document, a sample:
+A pair is a Megatron IndexedDataset. For each sample it has one sequence, in a document of its own:
 
     .bin  the sequences one after the other; if all are empty, one zero element that no sequence
-          refers to, since an empty file cannot be mapped
+          refers to, because an empty file cannot be mapped
     .idx  "MMIDIDX\\0\\0" | u64 version 1 | u8 element type | u64 n | u64 n + 1
           | n x i32 length in elements | n x i64 offset in bytes | (n + 1) x i64 0..n
 
-IndexedDataset has no float16, so a log-prob is stored as its float16's bits in a uint16. A finite
-log-prob below -65504 is stored as -65504; -inf stays -inf.
+IndexedDataset has no float16, so that the bits of a log-prob's float16 are stored in a uint16. A
+finite log-prob below -65504 is stored as -65504; -inf stays -inf.
 
 Sealed JSON has sorted keys, two spaces of indent, a newline at the end, and a key `xxh3_128`: the
 hash of the same text without that key. shard.json also carries the hash of its manifest.

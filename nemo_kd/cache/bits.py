@@ -1,6 +1,6 @@
-"""Arrays of numbers <-> bytes that hold each in as many bits as it needs.
+"""Arrays of integers <-> bytes that hold each in only as many bits as it needs.
 
-Bits fill each byte from its lowest up; an array ends at a whole byte.
+Bits fill each byte from the lowest up. The last byte of an array is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _WINDOW_BYTES = 8
 
 
 def pack(values: Array, widths: Array | int) -> Array:
-    """Each value in its width of bits, one after the other; uint8."""
+    """The lowest `widths` bits of each value, one after the other, as uint8."""
     widths = np.broadcast_to(widths, values.shape)
     places = np.arange(widths.max(initial=0))
     bits = values[:, None] >> places & 1
@@ -21,7 +21,7 @@ def pack(values: Array, widths: Array | int) -> Array:
 
 
 def unpack(data: Array, widths: Array | int, count: int) -> Array:
-    """The `count` values that `pack` put into `data`; int64. A width is at most 56."""
+    """The `count` values that `pack` put into `data`, as int64. A width is at most 56."""
     offsets = np.cumsum(np.broadcast_to(widths, count)) - widths
     # A number of up to 56 bits lies within the 8 bytes from the byte that it starts in.
     padded = np.concatenate([data, np.zeros(_WINDOW_BYTES, np.uint8)])
@@ -31,11 +31,11 @@ def unpack(data: Array, widths: Array | int, count: int) -> Array:
 
 
 def pack_sorted(values: Array, lengths: Array, universe: int) -> list[Array]:
-    """Elias-Fano: rows of n ascending numbers below `universe`, near 2 + log2(universe / n) bits.
+    """Elias-Fano code of rows of ascending numbers, concatenated; two uint8 arrays.
 
-    Of a number, the low bits stand as they are; the high ones, of all rows, make a string of bits
-    in which the j-th number of a row sets bit `high + j` of that row's stretch. Two uint8 arrays:
-    that string, then the low bits.
+    The first holds the high bits: each row has a stretch of it, and the row's j-th number sets bit
+    `high + j` there. The second holds the low bits as they are. A number below `universe` in a row
+    of n takes about 2 + log2(universe / n) bits.
     """
     low_widths, starts, num_bits = _elias_fano(lengths, universe)
     rows, ranks = rows_and_ranks(lengths)
@@ -52,7 +52,7 @@ def sorted_sizes(lengths: Array, universe: int) -> list[int]:
 
 
 def unpack_sorted(high: Array, low: Array, lengths: Array, universe: int) -> Array:
-    """The numbers that `pack_sorted` packed; int64.
+    """The numbers that `pack_sorted` packed, as int64.
 
     Raises:
         ValueError: the bytes cannot come from `pack_sorted`.
@@ -74,14 +74,14 @@ def num_bytes(num_bits: int) -> int:
 
 
 def rows_and_ranks(lengths: Array) -> tuple[Array, Array]:
-    """Of each entry of rows that follow each other: its row, and its place in the row."""
+    """For each entry of concatenated rows: its row, and its place in the row."""
     rows = np.repeat(np.arange(lengths.size), lengths)
     return rows, np.arange(rows.size) - (np.cumsum(lengths) - lengths)[rows]
 
 
 def _elias_fano(lengths: Array, universe: int) -> tuple[Array, Array, int]:
-    """Low bits a number and start in the string of high bits for each row; bits of that string."""
-    # floor(log2(universe / n)), by the exponent of the quotient: exact below 2^53.
+    """Of each row: low bits of a number and start of its stretch; and the bits of all stretches."""
+    # floor(log2(universe / n)) is the exponent of the quotient, which is exact below 2^53.
     low_widths = np.frexp(universe // np.maximum(lengths, 1))[1].astype(np.int64) - 1
     high_bits = lengths + ((universe - 1) >> low_widths)
     ends = np.cumsum(high_bits)

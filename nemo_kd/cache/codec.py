@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,33 @@ from nemo_kd.cache.bits import (
     unpack,
     unpack_sorted,
 )
+from nemo_kd.cache.check import check_ids
 from nemo_kd.cache.layout import Array
 from nemo_kd.cache.manifest import Manifest
 
 _LOWEST_FLOAT16 = np.float32(np.finfo(np.float16).min)
 
+# The 10 largest of a row are listed in 12 bits each. Every entry of a longer row has a code of 5
+# bits: 31 for a listed one, 0 for -inf, and otherwise one of 30 steps.
+_NUM_LISTED = 10
+_LISTED_BITS = 12
+_CODE_BITS = 5
+_IN_LIST = 31
+_NUM_STEPS = 30
+# By code: how far the middle of the step lies between high (0) and low (1).
+_LEVELS = ((np.arange(32) - 0.5) / _NUM_STEPS).astype(np.float32)
+
+# A log-prob x in 12 bits: the float32 of 1/32 - x without its sign and its last 15 bits, counted
+# from that of 1/32. So a step is 2^-13 near 0 and then a 256th of x's power of two, and the lowest
+# finite value is -2040. 4095 is -inf.
+_OFFSET = np.float32(1 / 32)
+_DROPPED_BITS = 15
+_FIRST = int(_OFFSET.view(np.uint32)) >> _DROPPED_BITS
+_INFINITE = 4095
+
 
 class Rows(NamedTuple):
-    """P rows, the entries of all in one line: E = sum of lengths."""
+    """P rows, whose entries follow each other in one line: E = sum of lengths."""
 
     lengths: Array
     """int64 [P], entries of each row"""
@@ -36,38 +55,41 @@ class Rows(NamedTuple):
     """float32 [P]"""
 
 
-class RowCodec(Protocol):
-    """Rows of known lengths <-> one array for each of `pair_dtypes`."""
-
-    @property
-    def pair_dtypes(self) -> dict[str, type[np.generic]]:
-        """The pairs that hold the rows, each with the element type of its .bin."""
-
-    def encode(self, rows: Rows) -> dict[str, Array]: ...
-
-    def decode(self, arrays: Mapping[str, Array], lengths: Array) -> Rows:
-        """Raises ValueError where the arrays do not make rows of these lengths."""
+def codec_for(manifest: Manifest) -> Codec:
+    """The codec that a manifest names; the manifest has refused unknown names."""
+    rows: RawCodec | PackedCodec
+    if manifest.codec == "raw":
+        rows = RawCodec(manifest.vocab_size)
+    elif manifest.selection["kind"] == "sample":
+        rows = PackedCodec(manifest.vocab_size, Counts(manifest.selection["num_draws"]))
+    else:
+        rows = PackedCodec(manifest.vocab_size, LogProbs())
+    return Codec(rows, manifest.max_entries, manifest.ragged)
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Padded rows, as samples have them, <-> arrays: the lengths, if rows are ragged, and the rest.
+    """Rows padded to one length, as samples have them, <-> one array for each pair.
 
     Args:
-        rows: what turns the entries into bytes.
+        rows: turns the entries into bytes.
         max_entries: entries of the longest row that the selection makes.
-        ragged: rows may be shorter, and the pair `row_lengths` says by how much.
+        ragged: rows may be shorter; the pair `row_lengths` then holds their lengths.
     """
 
-    rows: RowCodec
+    rows: RawCodec | PackedCodec
     max_entries: int
     ragged: bool
 
     @property
     def pair_dtypes(self) -> dict[str, type[np.generic]]:
         """The pairs that hold the rows, each with the element type of its .bin."""
-        lengths = {"row_lengths": _smallest_dtype(self.max_entries)} if self.ragged else {}
-        return lengths | self.rows.pair_dtypes
+        if not self.ragged:
+            return self.rows.pair_dtypes
+        # The smallest of Megatron's element types that holds the longest length.
+        longest = self.max_entries
+        dtype = np.uint8 if longest < 2**8 else np.uint16 if longest < 2**16 else np.int32
+        return {"row_lengths": dtype} | self.rows.pair_dtypes
 
     def encode(
         self, topk_ids: Array, topk_log_probs: Array, tail_log_probs: Array
@@ -80,6 +102,8 @@ class Codec:
 
     def decode(self, arrays: Mapping[str, Array], num_rows: int) -> tuple[Array, Array, Array]:
         """topk_ids int32 [P, K], topk_log_probs float32 [P, K], tail_log_probs float32 [P].
+
+        K is the longest row's length, and at least 1, if rows are ragged.
 
         Raises:
             ValueError: the arrays do not make `num_rows` rows.
@@ -122,13 +146,11 @@ class RawCodec:
         }
 
     def decode(self, arrays: Mapping[str, Array], lengths: Array) -> Rows:
+        """Raises ValueError where the arrays do not make rows of these lengths."""
         ids, log_probs, tails = (arrays[name] for name in self.pair_dtypes)
         if (ids.size, log_probs.size, tails.size) != (lengths.sum(), lengths.sum(), lengths.size):
             raise ValueError(f"expected {lengths.size} rows of {lengths.sum()} entries in all")
-        if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < self.vocab_size:
-            raise ValueError(
-                f"expected ids below {self.vocab_size}, got {ids.min()} to {ids.max()}"
-            )
+        check_ids("topk_ids", ids, self.vocab_size)
         rows = Rows(lengths, ids, _from_float16_bits(log_probs), _from_float16_bits(tails))
         if np.isnan(rows.log_probs).any() or np.isnan(rows.tail_log_probs).any():
             raise ValueError("expected log-probs, got NaN")
@@ -137,14 +159,10 @@ class RawCodec:
 
 @dataclass(frozen=True)
 class PackedCodec:
-    """Bit-packed: ids ascending in Elias-Fano code, log-probs finest where the mass is.
+    """Bit-packed: ids ascending in Elias-Fano code, log-probs most exact where the mass is.
 
-    A sample is one string of bytes: high and low bits of the ids, then the log-probs by `values`,
-    then the tails as float16 bits.
-
-    Args:
-        vocab_size: V, every id is in [0, V).
-        values: how log-probs are stored.
+    A sample is one string of bytes: high and low bits of the ids, the log-probs as `values` packs
+    them, the tails as float16 bits.
     """
 
     vocab_size: int
@@ -167,6 +185,7 @@ class PackedCodec:
         return {"packed_rows": np.concatenate(parts)}
 
     def decode(self, arrays: Mapping[str, Array], lengths: Array) -> Rows:
+        """Raises ValueError where the array does not make rows of these lengths."""
         data = arrays["packed_rows"]
         sizes = [
             *sorted_sizes(lengths, self.vocab_size),
@@ -176,11 +195,10 @@ class PackedCodec:
         if data.size != sum(sizes):
             raise ValueError(f"expected {sum(sizes)} bytes for its rows, got {data.size}")
         high, low, *values, tail_bits = np.split(data, np.cumsum(sizes[:-1]))
+        tails = np.full(lengths.size, -np.inf, np.float32)
         if self.values.has_tail:
-            # a copy: the bytes of a sample may start at an odd address
+            # A copy, because the tails may start at an odd address.
             tails = _from_float16_bits(tail_bits.copy().view(np.uint16))
-        else:
-            tails = np.full(lengths.size, -np.inf, np.float32)
         ids = unpack_sorted(high, low, lengths, self.vocab_size)
         return Rows(lengths, ids, self.values.decode(values, lengths), tails)
 
@@ -189,11 +207,11 @@ class PackedCodec:
 class LogProbs:
     """12 bits for each of the 10 largest of a row, which carry most of its mass, 5 for the others.
 
-    The list holds the 12 bits of the 10 largest of each row, or of all entries of a row that has
-    no more, and after these the lowest of each longer row. Before the list, each entry of a longer
-    row has a code of 5 bits: 31, its value is in the list; 0, its value is -inf; c from 1 to 30,
-    its value is `high - (high - low) * (c - 1/2) / 30`, with high the row's smallest in the list
-    and low its smallest finite one.
+    Two arrays. The first has a code of 5 bits for each entry of each row longer than 10: 31, its
+    value is listed; 0, its value is -inf; c from 1 to 30, its value is
+    `high - (high - low) * (c - 1/2) / 30`. The second lists values in 12 bits: the 10 largest of
+    each row, or all of a shorter one; then the `low` of each longer row, its smallest finite value
+    that is not listed. `high` is the row's smallest listed value.
     """
 
     has_tail = True
@@ -208,40 +226,39 @@ class LogProbs:
         infinite = np.isneginf(rest)
         finite = np.where(infinite, np.float32(0), rest)
         low = _to_12_bits(np.minimum.reduceat(finite, starts) if starts.size else finite)
+        # From the rounded values, which are those that the reader has.
         high, span = _high_and_span(_from_12_bits(fine), _from_12_bits(low), lengths)
         per_step = np.divide(_NUM_STEPS, span, out=np.zeros_like(span), where=span > 0)
         below = np.where(infinite, 0, np.repeat(high, num_rest) - finite)
         steps = np.clip(below * np.repeat(per_step, num_rest), 0, _NUM_STEPS - 1)
-        coarse = np.full(log_probs.size, _IN_LIST)
-        coarse[~listed] = np.where(infinite, 0, 1 + steps.astype(np.int64))
+        codes = np.full(log_probs.size, _IN_LIST)
+        codes[~listed] = np.where(infinite, 0, 1 + steps.astype(np.int64))
         in_long = np.repeat(lengths > _NUM_LISTED, lengths)
-        return [pack(coarse[in_long], _CODE_BITS), pack(np.concatenate([fine, low]), 12)]
+        return [pack(codes[in_long], _CODE_BITS), pack(np.concatenate([fine, low]), _LISTED_BITS)]
 
     def sizes(self, lengths: Array) -> list[int]:
-        num_long = int((lengths > _NUM_LISTED).sum())
-        num_coarse = int(lengths[lengths > _NUM_LISTED].sum())
-        return [
-            num_bytes(_CODE_BITS * num_coarse),
-            num_bytes(12 * (_num_listed(lengths) + num_long)),
-        ]
+        """Bytes of each array that `encode` makes of rows of these lengths."""
+        is_long = lengths > _NUM_LISTED
+        num_listed = int(np.minimum(lengths, _NUM_LISTED).sum() + is_long.sum())
+        num_codes = int(lengths[is_long].sum())
+        return [num_bytes(_CODE_BITS * num_codes), num_bytes(_LISTED_BITS * num_listed)]
 
     def decode(self, arrays: list[Array], lengths: Array) -> Array:
-        is_long = lengths > _NUM_LISTED
-        num_listed = _num_listed(lengths)
-        codes = unpack(arrays[1], 12, num_listed + int(is_long.sum()))
-        fine, low = np.split(_from_12_bits(codes), [num_listed])
+        is_long, num_rest = lengths > _NUM_LISTED, _num_rest(lengths)
+        num_listed = int(np.minimum(lengths, _NUM_LISTED).sum())
+        values = _from_12_bits(unpack(arrays[1], _LISTED_BITS, num_listed + num_rest.size))
+        fine, low = np.split(values, [num_listed])
         in_long = np.repeat(is_long, lengths)
-        coarse = np.full(in_long.size, _IN_LIST)
-        coarse[in_long] = unpack(arrays[0], _CODE_BITS, int(in_long.sum()))
-        listed = coarse == _IN_LIST
+        codes = np.full(in_long.size, _IN_LIST)
+        codes[in_long] = unpack(arrays[0], _CODE_BITS, int(in_long.sum()))
+        listed = codes == _IN_LIST
         up_to = np.concatenate([[0], np.cumsum(listed)])[np.concatenate([[0], np.cumsum(lengths)])]
         if (np.diff(up_to) != np.minimum(lengths, _NUM_LISTED)).any():
             raise ValueError(f"expected the {_NUM_LISTED} largest of each row in the list")
         high, span = _high_and_span(fine, low, lengths)
-        num_rest = _num_rest(lengths)
-        rest = coarse[~listed]
+        rest = codes[~listed]
         levels = np.repeat(high, num_rest) - _LEVELS[rest] * np.repeat(span, num_rest)
-        log_probs = np.empty(coarse.size, np.float32)
+        log_probs = np.empty(codes.size, np.float32)
         log_probs[listed] = fine
         log_probs[~listed] = np.where(rest == 0, -np.inf, levels)
         return log_probs
@@ -249,7 +266,7 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Counts:
-    """log(count / num_draws), stored as count - 1: sampled rows, whose tail is empty."""
+    """log(count / num_draws), stored as count - 1: for sampled rows, which have no tail."""
 
     num_draws: int
     has_tail = False
@@ -265,24 +282,13 @@ class Counts:
         return [pack(counts - 1, self._width)]
 
     def sizes(self, lengths: Array) -> list[int]:
+        """Bytes of the array that `encode` makes of rows of these lengths."""
         return [num_bytes(self._width * int(lengths.sum()))]
 
     def decode(self, arrays: list[Array], lengths: Array) -> Array:
         counts = unpack(arrays[0], self._width, int(lengths.sum())) + 1
         log_probs: Array = np.log(counts / self.num_draws).astype(np.float32)
         return log_probs
-
-
-def codec_for(manifest: Manifest) -> Codec:
-    """The codec that a manifest names; the manifest has refused names nobody knows."""
-    rows: RowCodec
-    if manifest.codec == "raw":
-        rows = RawCodec(manifest.vocab_size)
-    elif manifest.selection["kind"] == "sample":
-        rows = PackedCodec(manifest.vocab_size, Counts(manifest.selection["num_draws"]))
-    else:
-        rows = PackedCodec(manifest.vocab_size, LogProbs())
-    return Codec(rows, manifest.max_entries, manifest.ragged)
 
 
 def _to_float16_bits(log_probs: Array) -> Array:
@@ -297,22 +303,6 @@ def _from_float16_bits(bits: Array) -> Array:
     return log_probs
 
 
-_NUM_LISTED = 10
-_CODE_BITS = 5
-_IN_LIST = 31
-_NUM_STEPS = 30
-# The middle of each of the 30 steps from high to low, at its code.
-_LEVELS = ((np.arange(32) - 0.5) / _NUM_STEPS).astype(np.float32)
-
-# A log-prob x in 12 bits: the float32 of 1/32 - x without its sign and its last 15 bits, counted
-# from that of 1/32. So a step is 2^-13 near 0, a 256th of x's power of two beyond, and the lowest
-# finite value is -2040; 4095 is -inf.
-_OFFSET = np.float32(1 / 32)
-_DROPPED_BITS = 15
-_FIRST = int(_OFFSET.view(np.uint32)) >> _DROPPED_BITS
-_INFINITE = 4095
-
-
 def _to_12_bits(log_probs: Array) -> Array:
     bits = (_OFFSET - np.minimum(log_probs.astype(np.float32), 0)).view(np.uint32).astype(np.int64)
     rounded = (bits + (1 << _DROPPED_BITS - 1) >> _DROPPED_BITS) - _FIRST
@@ -324,25 +314,14 @@ def _from_12_bits(codes: Array) -> Array:
     return np.where(codes == _INFINITE, np.float32(-np.inf), values)
 
 
-def _num_listed(lengths: Array) -> int:
-    return int(np.minimum(lengths, _NUM_LISTED).sum())
-
-
 def _num_rest(lengths: Array) -> Array:
-    """Entries of each longer row that are not in the list."""
+    """Entries of each longer row that are not listed."""
     return lengths[lengths > _NUM_LISTED] - _NUM_LISTED
 
 
 def _high_and_span(fine: Array, low: Array, lengths: Array) -> tuple[Array, Array]:
-    """The smallest in the list, and how far the smallest of all lies below; of each longer row."""
+    """Of each longer row: its smallest listed value, and how far below that its `low` lies."""
     in_long = np.repeat(lengths > _NUM_LISTED, np.minimum(lengths, _NUM_LISTED))
     high = fine[in_long].reshape(-1, _NUM_LISTED).min(axis=1)
     # A high of -inf has nothing finite below it.
     return high, np.maximum(np.where(np.isneginf(high), 0, high) - low, 0)
-
-
-def _smallest_dtype(highest: int) -> type[np.generic]:
-    """The smallest element type of Megatron's that holds 0 to `highest`."""
-    if highest < 2**8:
-        return np.uint8
-    return np.uint16 if highest < 2**16 else np.int32

@@ -1,19 +1,19 @@
-"""Rows that another engine computed, as vLLM and API servers give them, read out of jsonl.
+"""Reads rows that another engine computed: jsonl, as vLLM and API servers give them.
 
 A line is one sample:
 
     {"token_ids": [9, 4, 7], "loss_mask": [0, 0, 1], "logprobs": [null, null, ROW]}
 
-`logprobs` has a ROW for each token, of which only those of supervised tokens are read, or one for
-each supervised token alone. A row says which token it is for, in one of two forms:
+`logprobs` has a ROW for each token, or only for each supervised token. Other rows are not read. A
+row says which token it is for, in one of two forms:
 
     {"7": {"logprob": -0.2}, "3": {"logprob": -1.9}}
     {"token": "token_id:7", "top_logprobs": [{"token": "token_id:7", "logprob": -0.2}, ...]}
 
-The first is vLLM's prompt_logprobs, which hold the token among its entries; a number may stand for
-{"logprob": number}. The second is a chat completion's, from a server that returns tokens as ids.
-`context_length` may say how many tokens the prompt has; by default those before the first
-supervised one.
+The first is vLLM's prompt_logprobs, where the token is among the entries; a number may stand in
+place of {"logprob": number}. The second is a chat completion's, from a server that returns tokens
+as ids. `context_length` may say how many tokens the prompt has. Its default is the number of tokens
+before the first supervised one.
 """
 
 from __future__ import annotations
@@ -26,21 +26,28 @@ from typing import Any
 
 import numpy as np
 
+from nemo_kd.cache.check import (
+    check_context_length,
+    check_distinct,
+    check_ids,
+    check_log_probs,
+    check_mask,
+)
 from nemo_kd.cache.layout import Sample
 
 _TOKEN_ID = "token_id:"
-# Engines round log-probs, some to bfloat16: more than this above 1 is no distribution.
+# Engines round log-probs, some to bfloat16. A larger sum is no distribution.
 _MOST_MASS = 1.02
 
 
 def read_samples(path: Path, k: int, vocab_size: int) -> Iterator[Sample]:
-    """The samples of a file, with the k most probable entries of every row.
+    """Yield the samples of a file, with the k most probable entries of every row.
 
-    The tail is what the k leave of 1: as exact as the engine's log-probs are.
+    The tail is 1 less their mass, and so as exact as the engine's log-probs.
 
     Raises:
-        ValueError: a line that is not as above, a row for another token than `token_ids` has
-            there, an id outside the vocabulary, fewer than k entries; names the line.
+        ValueError: a line has another form, a row is for another token than `token_ids` has there
+            or has fewer than k entries, an id is outside the vocabulary; names the line.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -55,12 +62,13 @@ def _sample(record: Any, k: int, vocab_size: int) -> Sample:
     if not isinstance(record, dict) or any(not isinstance(record.get(key), list) for key in keys):
         raise ValueError(f"expected an object with the lists {', '.join(keys)}")
     tokens, mask, rows = (record[key] for key in keys)
-    _check_ids("token_ids", tokens, vocab_size)
-    if len(mask) != len(tokens) or any(type(bit) is not int or bit not in (0, 1) for bit in mask):
-        raise ValueError(f"loss_mask: expected 0 or 1 for each of {len(tokens)} tokens")
+    check_ids("token_ids", _integers("token_ids", tokens), vocab_size)
+    check_mask(_integers("loss_mask", mask))
+    if len(mask) != len(tokens):
+        raise ValueError(
+            f"loss_mask: expected 0 or 1 for each of {len(tokens)} tokens, got {len(mask)} numbers"
+        )
     positions = [position for position, bit in enumerate(mask) if bit]
-    if positions[:1] == [0]:
-        raise ValueError("loss_mask: expected 0 at the first token, which nothing predicts, got 1")
     if len(rows) == len(tokens):
         rows = [rows[position] for position in positions]
     if len(rows) != len(positions):
@@ -77,8 +85,8 @@ def _sample(record: Any, k: int, vocab_size: int) -> Sample:
         except ValueError as error:
             raise ValueError(f"logprobs of token {position}: {error}") from error
     context_length = record.get("context_length", positions[0] if positions else len(tokens))
-    if type(context_length) is not int or not 0 <= context_length <= len(tokens):
-        raise ValueError(f"context_length: expected 0 to {len(tokens)}, got {context_length!r}")
+    _integers("context_length", [context_length])
+    check_context_length(context_length, len(tokens))
     return Sample(
         np.array(tokens, np.int32), np.array(mask, np.uint8), ids, log_probs, tails, context_length
     )
@@ -88,13 +96,9 @@ def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list
     """ids and log-probs of the k most probable entries, and the tail's log-prob."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {row!r}")
-    entries: list[tuple[int, Any]]
     if isinstance(row.get("top_logprobs"), list):
-        entries = [
-            (_token_id(entry.get("token")), entry.get("logprob"))
-            for entry in row["top_logprobs"]
-            if isinstance(entry, dict)
-        ]
+        top: list[Any] = [entry for entry in row["top_logprobs"] if isinstance(entry, dict)]
+        entries = [(_token_id(entry.get("token")), entry.get("logprob")) for entry in top]
         named = [_token_id(row.get("token"))]
     else:
         entries = [
@@ -109,12 +113,14 @@ def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list
             "the position before or after?"
         )
     ids = [number for number, _ in entries]
-    _check_ids("ids", ids, vocab_size)
-    if len(set(ids)) < len(ids) or len(ids) < k:
-        raise ValueError(f"expected at least {k} distinct ids, got {len(set(ids))}; lower --k")
+    check_ids("ids", ids, vocab_size)
+    check_distinct("ids", np.array([ids]))
+    if len(ids) < k:
+        raise ValueError(f"expected at least {k} distinct ids, got {len(ids)}; lower --k")
     for _, value in entries:
-        if type(value) not in (int, float) or not value <= 0.01:  # false for NaN as well
+        if type(value) not in (int, float):
             raise ValueError(f"expected log-probs, at most 0, got {value!r}")
+    check_log_probs("logprob", [value for _, value in entries])
     entries.sort(key=lambda entry: (-entry[1], entry[0]))
     mass = math.fsum(math.exp(value) for _, value in entries[:k])
     if mass > _MOST_MASS:
@@ -135,10 +141,9 @@ def _token_id(value: Any) -> int:
     return int(text)
 
 
-def _check_ids(name: str, ids: list[Any], vocab_size: int) -> None:
-    for number in ids:
-        if type(number) is not int or not 0 <= number < vocab_size:
-            raise ValueError(
-                f"{name}: expected ids from 0 to {vocab_size - 1} (vocabulary of {vocab_size}), "
-                f"got {number!r}"
-            )
+def _integers(name: str, values: list[Any]) -> list[int]:
+    """The values of a JSON list, where neither true nor 7.0 stands for an integer."""
+    for value in values:
+        if type(value) is not int:
+            raise ValueError(f"{name}: expected integers, got {value!r}")
+    return values

@@ -1,4 +1,4 @@
-"""What lies where in a cache directory."""
+"""The names of a cache's files, and Sample: what it holds for one sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = npt.NDArray[Any]
 
 MANIFEST_NAME = "manifest.json"
 SHARD_RECORD_NAME = "shard.json"
-# The pairs of every cache; the codec names those that hold the rows.
+# The pairs that every cache has. The codec names the others, which hold the rows.
 SAMPLE_PAIRS: dict[str, type[np.generic]] = {
     "tokens": np.int32,
     "loss_mask": np.uint8,

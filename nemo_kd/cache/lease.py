@@ -1,7 +1,7 @@
-"""A claim on a shard: a small file whose owner is alive, or it counts for nothing.
+"""A claim file names the process that works on a shard; that of a dead or silent one is ignored.
 
-Two processes that both believe they hold a shard do the same work and publish equal bytes: a claim
-saves time, and correctness does not rest on it.
+A claim only saves time. Two processes that both believe they hold a shard do the same work and
+publish equal bytes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 
 HEARTBEAT_S = 30
-# Twenty missed heartbeats: a file system that hangs for minutes costs nobody a claim.
+# Twenty heartbeats, so that no process loses its claim to a file system that hangs for minutes.
 STALE_S = 600
-# A claim without its owner's name: the process was killed between the two, or is about to write it.
+# For a claim without a name: its process is about to write it, or was killed before it could.
 UNNAMED_S = 10
 
 
 class Lease:
-    """The claim at `path`, for as long as the context: `with Lease(path) as held`.
+    """The claim at `path`: `with Lease(path) as held`, where `held` says whether it is ours.
 
-    `held` says whether it is this process's. While it is, a thread renews the file's time.
+    While it is held, a thread renews the file's time. At the end of the context it is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,12 +36,13 @@ class Lease:
         if is_free(self._path):
             self._path.unlink(missing_ok=True)
         try:
+            # "x" creates the file or fails: of several processes one gets the claim.
             with open(self._path, "x") as file:
                 self._held = True
                 file.write(self._owner)
         except FileExistsError:
             return False
-        except OSError:  # a full disk: an empty claim would bind the shard
+        except OSError:  # a full disk: an empty claim would block the shard
             self.__exit__()
             raise
         threading.Thread(target=self._renew, daemon=True).start()
@@ -59,10 +60,7 @@ class Lease:
 
 
 def is_free(path: Path) -> bool:
-    """Nobody holds the claim: its process, of this host, is dead, or has not renewed it in time.
-
-    One that names no process is free after some seconds.
-    """
+    """There is no claim, or its process is dead (which only its own host can see) or silent."""
     try:
         owner, renewed = path.read_text().split(), path.stat().st_mtime
     except FileNotFoundError:
@@ -75,7 +73,7 @@ def is_free(path: Path) -> bool:
 
 
 def this_host() -> str:
-    """Within which a process id means one process: the host, and the container on it if any."""
+    """The host and its container, if any: within these a process id means one process."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
 
@@ -91,7 +89,7 @@ def is_alive(process_id: int) -> bool:
 
 
 def _file_system_time(directory: Path) -> float:
-    """The clock that sets the times of files: those of the hosts may differ from it."""
+    """Now, by the clock that sets the times of files. A host's own clock may differ."""
     probe = directory / f".tmp+{this_host()}+{os.getpid()}+clock"
     probe.touch()
     try:

@@ -1,7 +1,7 @@
 """What a cache says about itself: the manifest of the whole and the record of each shard."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ Record = TypeVar("Record", "Manifest", "ShardRecord")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One file by name, size and content; the name holds no directory, so that files may move."""
+    """One file by name, size and content. The name has no directory, so that files may move."""
 
     name: str
     size_bytes: int
@@ -45,7 +45,6 @@ class Manifest:
         num_samples: samples in the cache, all shards together.
         samples_per_shard: samples in every shard but the last.
         codec: how rows are stored, "raw" or "packed", see nemo_kd.cache.codec.
-        value_type: how a log-prob is stored; by default what the codec writes.
 
     Raises:
         ValueError: a field of the wrong type, out of range, or unknown to this release.
@@ -59,39 +58,38 @@ class Manifest:
     dataset: dict[str, Any]
     num_samples: int
     samples_per_shard: int
-    codec: str = "raw"
-    value_type: str = ""
+    codec: str = "packed"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         _check_types(self)
-        # Through JSON once, so that a manifest equals the one that is read back: no tuples.
+        # Through JSON and back, where a tuple becomes a list: so a manifest equals its stored self.
         for name in ("selection", "dataset"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
         _check_choice("format_version", self.format_version, (FORMAT_VERSION,))
         _check_choice("codec", self.codec, _CODECS)
-        _check_choice("selection.kind", self.selection.get("kind"), _SELECTION_KINDS)
-        _check_range("num_samples", self.num_samples, 1, 2**63 - 1)
-        _check_range("samples_per_shard", self.samples_per_shard, 1, 2**31 - 1)
-        _check_range("vocab_size", self.vocab_size, 1, 2**31 - 1)
+        _check_range("num_samples", self.num_samples, 2**63 - 1)
+        _check_range("samples_per_shard", self.samples_per_shard, 2**31 - 1)
+        _check_range("vocab_size", self.vocab_size, 2**31 - 1)
         self._check_selection()
-        object.__setattr__(self, "value_type", self.value_type or self._value_type)
-        _check_choice("value_type", self.value_type, (self._value_type,))
 
     def _check_selection(self) -> None:
-        if self.selection["kind"] == "sample":
-            _check_range("selection.num_draws", self.selection.get("num_draws"), 1, 2**31 - 1)
+        kind: Any = self.selection.get("kind")
+        _check_choice("selection.kind", kind, _SELECTION_KINDS)
+        if kind == "sample":
+            _check_range("selection.num_draws", self.selection.get("num_draws"), 2**31 - 1)
         else:
-            _check_range("selection.k", self.selection.get("k"), 1, self.vocab_size)
+            _check_range("selection.k", self.selection.get("k"), self.vocab_size)
         temperature: Any = self.selection.get("temperature")
         if type(temperature) not in (int, float) or not 0 < temperature < float("inf"):
             raise ValueError(f"selection.temperature: expected a number > 0, got {temperature!r}")
         p: Any = self.selection.get("p")
-        if self.selection["kind"] == "top_p" and (type(p) not in (int, float) or not 0 < p <= 1):
+        if kind == "top_p" and (type(p) not in (int, float) or not 0 < p <= 1):
             raise ValueError(f"selection.p: expected a number above 0, at most 1, got {p!r}")
 
     @property
-    def _value_type(self) -> str:
+    def value_type(self) -> str:
+        """A key of manifest.json that follows from the others: how a log-prob is stored."""
         if self.codec == "raw":
             return "float16"
         return "count" if self.selection["kind"] == "sample" else "12 and 5 bits"
@@ -122,7 +120,7 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """The seal of manifest.json; each shard's record carries it."""
-        return _seal(_dump(asdict(self), seal=""))
+        return _hash(_dump(self, seal=""))
 
     def differences(self, other: "Manifest") -> list[str]:
         """Each field that differs, as "selection.k: 100 against 64"; empty for equal manifests."""
@@ -130,7 +128,7 @@ class Manifest:
         return [
             f"{key}: {mine.get(key, 'nothing')!r} against {theirs.get(key, 'nothing')!r}"
             for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key, _ABSENT) != theirs.get(key, _ABSENT)
+            if (key in mine, mine.get(key)) != (key in theirs, theirs.get(key))
         ]
 
 
@@ -168,11 +166,22 @@ def fingerprint_file(
     return SourceFile(name=Path(path).name, size_bytes=size_bytes, xxh3_128=digest.hexdigest())
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what each id of a tokenizer stands for, and of its end token.
+
+    Equal for equal tokenizers, wherever their files lie.
+
+    Args:
+        tokenizer: has `vocab_size`, `eos_id` and `ids_to_tokens`, as NeMo's tokenizers.
+    """
+    tokens = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
+    content = json.dumps([tokens, tokenizer.eos_id], default=str)
+    return xxhash.xxh3_128_hexdigest(content.encode())
+
+
 def record_bytes(record: Manifest | ShardRecord) -> bytes:
-    """The record as JSON with sorted keys, sealed: its last key is the xxh3_128 of the file's
-    bytes while that key's value is empty."""
-    content = asdict(record)
-    return _dump(content, seal=_seal(_dump(content, seal="")))
+    """The record as sealed JSON: one of its keys is the hash of the same text without the hash."""
+    return _dump(record, seal=_hash(_dump(record, seal="")))
 
 
 def read_record(cls: type[Record], path: Path) -> Record:
@@ -191,23 +200,26 @@ def read_record(cls: type[Record], path: Path) -> Record:
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}; this release reads {FORMAT_VERSION}")
         seal = content.pop(_SEAL_KEY, None)
+        value_type = content.pop("value_type", None) if cls is Manifest else None
         record: Record = _from_json(cls, content)
-        if not isinstance(seal, str) or _seal(raw.replace(seal.encode(), b"")) != seal:
+        if isinstance(record, Manifest):
+            _check_choice("value_type", value_type, (record.value_type,))
+        # The bytes as they are: to write the record anew would take thrice the time of reading it.
+        if not isinstance(seal, str) or _hash(raw.replace(seal.encode(), b"")) != seal:
             raise ValueError("its content does not match its own checksum: damaged or edited")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     return record
 
 
-_ABSENT = object()
-
-
-def _dump(content: dict[str, Any], seal: str) -> bytes:
-    content = {**content, _SEAL_KEY: seal}
+def _dump(record: Manifest | ShardRecord, seal: str) -> bytes:
+    content = asdict(record) | {_SEAL_KEY: seal}
+    if isinstance(record, Manifest):
+        content["value_type"] = record.value_type
     return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _seal(unsealed: bytes) -> str:
+def _hash(unsealed: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(unsealed)
 
 
@@ -243,20 +255,15 @@ def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
         raise ValueError(f"{name}: expected one that this release knows ({choices}), got {value!r}")
 
 
-def _check_range(name: str, value: object, lowest: int, highest: int) -> None:
-    if type(value) is not int or not lowest <= value <= highest:
-        raise ValueError(f"{name}: expected an integer from {lowest} to {highest}, got {value!r}")
+def _check_range(name: str, value: object, highest: int) -> None:
+    if type(value) is not int or not 1 <= value <= highest:
+        raise ValueError(f"{name}: expected an integer from 1 to {highest}, got {value!r}")
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}; an empty container stays a value."""
-    if isinstance(value, Mapping) and value:
-        items = [(str(name), item) for name, item in value.items()]
-    elif isinstance(value, (list, tuple)) and value:
-        items = [(str(number), item) for number, item in enumerate(value)]
-    else:
-        return {key: value}
+    items: Any = enumerate(value) if isinstance(value, (list, tuple)) else ()
     flat: dict[str, Any] = {}
-    for name, item in items:
-        flat |= _flatten(item, f"{key}.{name}" if key else name)
-    return flat
+    for name, item in value.items() if isinstance(value, dict) else items:
+        flat |= _flatten(item, f"{key}.{name}" if key else str(name))
+    return flat or {key: value}

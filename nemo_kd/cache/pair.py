@@ -1,4 +1,4 @@
-"""A pair: one .bin and one .idx, a Megatron IndexedDataset with one sequence a sample."""
+"""A pair, one .bin and one .idx: a Megatron IndexedDataset with one sequence for each sample."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from nemo_kd.cache.layout import Array, pair_paths
 
-_HEADER_BYTES = 34  # magic 9, version 8, element type 1, number of sequences 8, of documents 8
+# The start of an .idx: magic, version, element type, number of sequences, number of documents.
+_HEADER = struct.Struct("<9sQBQQ")
 _LENGTH, _PLACE = np.dtype("<i4"), np.dtype("<i8")
 
 
 class PairWriter:
-    """Appends one sequence a sample through Megatron's own builder."""
+    """Appends sequences through Megatron's own builder."""
 
     def __init__(self, directory: Path, name: str, dtype: type[np.generic]) -> None:
         self._bin_path, self._idx_path = pair_paths(directory, name)
@@ -39,17 +40,17 @@ class PairWriter:
             sync(path)
 
     def close(self) -> None:
-        """Let go of an unfinished .bin; what it still buffers may not fit a full disk."""
-        with suppress(OSError):
+        """Close an unfinished .bin."""
+        with suppress(OSError):  # on a full disk its buffer cannot be written
             self._builder.data_file.close()
 
 
 class PairReader:
-    """Reads one sequence at a time, at a cost that no number of sequences changes.
+    """Reads one sequence at a time, at the same cost for any number of sequences.
 
-    By pread, not through a map: a process that reads a map of a file that is cut meanwhile dies,
-    a map's pages count as the process's memory, and the bytes have to be copied anyway. Shares
-    nothing with threads or forked processes but the open files.
+    The files are read with pread, not mapped. A process that reads a map of a file that is cut
+    meanwhile dies, a map's pages count as the process's memory, and the bytes are copied anyway.
+    Threads and forked processes may share it, because pread moves no position in a file.
 
     Raises:
         ValueError: the .idx is not one of `num_sequences` sequences of `dtype`.
@@ -62,10 +63,13 @@ class PairReader:
         self._dtype = np.dtype(dtype)
         self._num_sequences = num_sequences
         self._bin_bytes = os.fstat(self._bin.fileno()).st_size
-        header = _index_header(num_sequences, dtype)
+        code, num_documents = DType.code_from_dtype(dtype), num_sequences + 1
+        header = _HEADER.pack(b"MMIDIDX", 1, code, num_sequences, num_documents)
+        # A length and a place for each sequence follow, and an int64 for each document.
+        index_bytes = _HEADER.size + (4 + 8) * num_sequences + 8 * num_documents
         if (
-            os.fstat(self._idx.fileno()).st_size != _index_size(num_sequences)
-            or os.pread(self._idx.fileno(), len(header), 0) != header
+            os.fstat(self._idx.fileno()).st_size != index_bytes
+            or os.pread(self._idx.fileno(), _HEADER.size, 0) != header
         ):
             raise ValueError(
                 f"{self._idx.name}: expected the index of {num_sequences} sequences of "
@@ -73,17 +77,17 @@ class PairReader:
             )
 
     def __getitem__(self, index: int) -> Array:
-        """The sequence, in memory of its own.
+        """Sequence `index`, in memory of its own.
 
         Raises:
             ValueError: its length and its place contradict each other or the .bin's size.
         """
-        (length,) = self._read(self._idx, _LENGTH, 1, _HEADER_BYTES + index * _LENGTH.itemsize)
+        (length,) = self._read(self._idx, _LENGTH, 1, _HEADER.size + 4 * index).tolist()
         is_last = index + 1 == self._num_sequences
-        places = _HEADER_BYTES + self._num_sequences * _LENGTH.itemsize + index * _PLACE.itemsize
-        start, *after = self._read(self._idx, _PLACE, 1 if is_last else 2, places).tolist()
-        end = start + int(length) * self._dtype.itemsize
-        # After the last sequence the file ends, but for the one element of a pair of empty ones.
+        place = _HEADER.size + 4 * self._num_sequences + 8 * index
+        start, *after = self._read(self._idx, _PLACE, 1 if is_last else 2, place).tolist()
+        end = start + length * self._dtype.itemsize
+        # The file ends after the last sequence, except if all are empty: then it has one element.
         is_empty = is_last and end == 0 and self._bin_bytes == self._dtype.itemsize
         expected_end = after[0] if after else 0 if is_empty else self._bin_bytes
         if not 0 <= start <= end == expected_end <= self._bin_bytes:
@@ -92,11 +96,11 @@ class PairReader:
                 f"contradict what follows or the {self._bin_bytes} bytes of the .bin; run "
                 "nemo-kd verify"
             )
-        return self._read(self._bin, self._dtype, int(length), start)
+        return self._read(self._bin, self._dtype, length, start)
 
     def lengths(self) -> Array:
-        """Elements of each sequence, int32, out of the .idx alone."""
-        return self._read(self._idx, _LENGTH, self._num_sequences, _HEADER_BYTES)
+        """Elements of each sequence, int32. Reads only the .idx."""
+        return self._read(self._idx, _LENGTH, self._num_sequences, _HEADER.size)
 
     @staticmethod
     def _read(file: FileIO, dtype: np.dtype[Any], count: int, offset: int) -> Array:
@@ -113,15 +117,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _index_header(num_sequences: int, dtype: type[np.generic]) -> bytes:
-    """The start of an .idx; lengths, places and numbers of documents follow."""
-    code = DType.code_from_dtype(dtype)
-    return struct.pack("<9sQBQQ", b"MMIDIDX", 1, code, num_sequences, num_sequences + 1)
-
-
-def _index_size(num_sequences: int) -> int:
-    """A length and a place for each sequence; numbers of documents, one more than sequences."""
-    sequence_bytes = _LENGTH.itemsize + 2 * _PLACE.itemsize
-    return _HEADER_BYTES + num_sequences * sequence_bytes + _PLACE.itemsize

@@ -1,4 +1,4 @@
-"""Reads a cache by sample, from wherever in it, at one cost."""
+"""Reads any sample of a cache, at the same cost wherever it lies."""
 
 from __future__ import annotations
 
@@ -28,38 +28,36 @@ from nemo_kd.cache.manifest import (
 )
 from nemo_kd.cache.pair import PairReader
 
-# Of at most fourteen files each: some hundred, far from any limit.
+# A shard has at most 14 files to open, so that a process holds at most 224: far from any limit.
 _NUM_OPEN_SHARDS = 16
 
 
 class TopKCache:
     """A sequence of samples: `len(cache)`, `cache[i]`, `for sample in cache`.
 
-    `TopKCache.open(path)` is the way in; the bare constructor reads the manifest alone, so that
-    `verify` can name the faults of a cache that `open` refuses. An instance may be pickled,
-    forked and shared by threads; its open files stay behind.
+    Use `TopKCache.open(path)`. The constructor reads only the manifest, so that `verify` can name
+    the faults of a cache that `open` refuses. An instance may be pickled, without its open files,
+    and shared by threads and forked processes.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.manifest = _read_manifest(self.path)
-        self._file_names = sorted(
-            path.name
-            for pair in _pair_dtypes(self.manifest)
-            for path in pair_paths(self.path, pair)
-        )
+        pairs = _pair_dtypes(self.manifest)
+        self._file_names = sorted(path.name for pair in pairs for path in pair_paths(Path(), pair))
         self._shard: Callable[[int], _Shard] = lru_cache(_NUM_OPEN_SHARDS)(
             partial(_Shard, self.path, self.manifest)
         )
 
     @classmethod
     def open(cls, path: str | Path) -> TopKCache:
-        """Open a whole cache: every shard is there, and every file has its size.
+        """Open a cache and check that every shard is there and every file has its size.
 
-        Reads one small record a shard and opens no pair. Checksums are left to `verify`.
+        Reads one small record of each shard and opens no pair. `verify` compares checksums.
 
         Raises:
-            ValueError: no cache, missing shards, a damaged record, a file of another size.
+            ValueError: there is no cache, shards are missing, a record is damaged, or a file has
+                another size.
         """
         cache = cls(path)
         present = {entry.name for entry in cache.path.iterdir()}
@@ -73,7 +71,8 @@ class TopKCache:
         for index in range(cache.num_shards):
             directory = cache.path / shard_name(index)
             for file in cache.shard_record(index).files:
-                _check_size(f"{directory}/{file.name}", file)  # a string: Path takes half the time
+                # A string, because making a Path would take half of the time.
+                _check_size(f"{directory}/{file.name}", file)
         return cache
 
     @property
@@ -84,10 +83,10 @@ class TopKCache:
         return self.manifest.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, in arrays of its own; a negative index counts from the end.
+        """Sample `index`, in arrays of its own. A negative index counts from the end.
 
         Raises:
-            IndexError: beyond the last sample.
+            IndexError: there is no such sample.
             ValueError: the shard's files contradict each other.
         """
         number = index + len(self) if index < 0 else index
@@ -97,7 +96,7 @@ class TopKCache:
         return self._shard(shard).sample(position)
 
     def num_tokens(self) -> Array:
-        """Tokens of each sample, int32 [samples]: reads one .idx a shard.
+        """Tokens of each sample, int32 [samples]. Reads one .idx of each shard.
 
         Raises:
             ValueError: a shard's .idx is not what the manifest says.
@@ -117,10 +116,10 @@ class TopKCache:
         return TopKCache, (self.path,)
 
     def shard_record(self, index: int) -> ShardRecord:
-        """Counts, sizes and checksums of one shard, as stored.
+        """The stored counts, sizes and checksums of one shard.
 
         Raises:
-            ValueError: the shard or its record is missing, damaged, or of another cache.
+            ValueError: the shard or its record is missing, damaged or another cache's.
         """
         path = self.path / shard_name(index) / SHARD_RECORD_NAME
         if not path.is_file():
@@ -159,7 +158,7 @@ class TopKCache:
                 try:
                     _check_size(path, file)
                     if fingerprint_file(path, progress) != file:
-                        yield (
+                        raise ValueError(
                             f"{path}: its checksum differs from that in {SHARD_RECORD_NAME}; "
                             "delete the shard and run the dump again"
                         )

@@ -1,4 +1,4 @@
-"""Fills a cache: any number of processes at once, each shard published whole or not at all."""
+"""Fills a cache: any number of processes at once; each shard is published whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from nemo_kd.cache.check import check_sample
 from nemo_kd.cache.codec import codec_for
 from nemo_kd.cache.layout import (
     MANIFEST_NAME,
@@ -33,20 +35,18 @@ from nemo_kd.cache.pair import PairWriter, sync
 
 _TEMPORARY = ".tmp"
 _LEASE = ".tmp-claim-"
-# log_softmax of logits near 1e4 rounds to at most some 1e-3 above zero; more is no log-prob.
-_HIGHEST_LOG_PROB = 0.01
 
 
+@dataclass(frozen=True)
 class CacheWriter:
     """A cache open for writing, made by `CacheWriter.open`."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
+    path: Path
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: str | Path, manifest: Manifest) -> CacheWriter:
-        """Create the cache, or go on with one of the same manifest.
+        """Create the cache, or resume one that has the same manifest.
 
         Also removes what dead processes of this host left unfinished.
 
@@ -67,10 +67,11 @@ class CacheWriter:
                 f"{'; '.join(differences)}. Delete it or choose another cache.path"
             )
         _remove_leftovers(path)
-        return cls(path, existing)  # equal, but 1 may stand for 1.0: the shards carry its seal
+        # The stored one, not its equal: it may have 1 for 1.0, and the shards carry its seal.
+        return cls(path, existing)
 
     def missing_shards(self, shards: Iterable[int] | None = None) -> list[int]:
-        """The shards, of all or of `shards`, that are not there yet, in ascending order."""
+        """Those of `shards`, by default of all shards, that are not there yet; ascending."""
         wanted = sorted(set(range(self.manifest.num_shards) if shards is None else shards))
         for index in wanted:
             self.manifest.shard_samples(index)  # refuses a shard that the cache does not have
@@ -80,15 +81,16 @@ class CacheWriter:
     def claim_shards(
         self, shards: Iterable[int] | None = None, *, wait: Callable[[], object] | None = None
     ) -> Iterator[int]:
-        """Hand out the missing shards, of all or of `shards`, that no other process has claimed.
+        """Yield the missing shards, of `shards` or of all, that no other process has claimed.
 
-        A shard is this process's until the next one is asked for or the iterator is closed, and is
-        to be written by then. A claim is free at once when its process, of this host, is dead, and
-        after some minutes without a sign of life from any other.
+        A shard is this process's until the next one is asked for or the iterator is closed. It must
+        be written by then. A claim of a dead process is free at once on the same host, and after
+        ten minutes without a heartbeat elsewhere.
 
         Args:
-            wait: passes a moment, or raises to end it. With it, stay until what others have claimed
-                is there, and take over what they give up; without, leave that to them.
+            wait: sleeps for a moment, or raises to stop. With it, the iterator also waits for the
+                shards that others have claimed, and yields those that they give up. Without it, it
+                leaves them to the others.
         """
         wanted = self.missing_shards(shards)
         while wanted:
@@ -96,10 +98,9 @@ class CacheWriter:
                 final = self.path / shard_name(index)
                 if final.exists():  # published since the shards were listed
                     continue
-                with (
-                    _full_disk_named(self.path, index),
-                    Lease(_lease_path(self.path, index)) as held,
-                ):
+                lease = Lease(self.path / f"{_LEASE}{index:05d}")
+                with _full_disk_named(self.path, index), lease as held:
+                    # Looked at again, because another may have published it before the claim.
                     if held and not final.exists():
                         yield index
             if wait is None:
@@ -109,11 +110,11 @@ class CacheWriter:
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
-        """Write one shard: published on a clean exit, removed without a trace on an exception.
+        """Write one shard. It is published at a clean exit, and removed after an exception.
 
         Raises:
             ValueError: at the exit, if it did not get exactly its samples.
-            OSError: the disk is full, among others; the cache is as it was.
+            OSError: for example, the disk is full; the cache is as it was.
         """
         temporary = _temporary_path(self.path)
         try:
@@ -128,7 +129,7 @@ class CacheWriter:
 
 
 class ShardWriter:
-    """Takes the samples of one shard in order; holds none of them in memory."""
+    """Takes the samples of one shard in order. Each is written at once."""
 
     def __init__(self, directory: Path, manifest: Manifest, index: int) -> None:
         self._directory = directory
@@ -157,19 +158,20 @@ class ShardWriter:
             tokens: integer [T], each in [0, V).
             loss_mask: integer or bool [T], 1 where the token is to be predicted, never at t = 0.
             context_length: tokens of the prompt, 0 to T.
-            topk_ids: integer [P, K], P the ones of loss_mask, each in [0, V) and once a row.
+            topk_ids: integer [P, K], P the ones of loss_mask; each in [0, V), and at most once a
+                row. Ragged rows are padded by -1.
             topk_log_probs: float [P, K], log of the teacher's softmax; -inf is allowed.
             tail_log_probs: float [P], log of the mass outside the kept entries; -inf is allowed.
 
         Raises:
-            ValueError: anything else; nothing of the sample is written then.
+            ValueError: the sample is anything else; nothing of it is written.
         """
         number = self._samples.start + self._num_samples
         if number not in self._samples:
             raise ValueError(f"{self._holds()}, got one more")
         sample = Sample(tokens, loss_mask, topk_ids, topk_log_probs, tail_log_probs, context_length)
         try:
-            _check(sample, self._manifest)
+            check_sample(sample, self._manifest)
         except ValueError as error:
             raise ValueError(f"sample {number}: {error}") from error
         sequences = {
@@ -185,7 +187,7 @@ class ShardWriter:
         self._num_supervised_tokens += len(tail_log_probs)
 
     def finish(self) -> None:
-        """Complete the files and bring them to the disk."""
+        """Complete the files and flush them to the disk."""
         if self._num_samples != len(self._samples):
             raise ValueError(f"{self._holds()}, got {self._num_samples}")
         for pair in self._pairs.values():
@@ -202,7 +204,7 @@ class ShardWriter:
         sync(self._directory)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files, finished or not."""
         for pair in self._pairs.values():
             pair.close()
 
@@ -215,7 +217,7 @@ class ShardWriter:
 
 @contextmanager
 def _full_disk_named(path: Path, index: int) -> Iterator[None]:
-    """Raise the bare error of a full disk as one that says what became of the cache."""
+    """Raise the error of a full disk as one that says what became of the cache."""
     try:
         yield
     except OSError as error:
@@ -224,70 +226,22 @@ def _full_disk_named(path: Path, index: int) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{os.strerror(error.errno)}: shard {index} of {path} was not written, the "
-            "cache is as it was before; free some space and run again, it goes on from there",
+            "cache is as it was before; free some space and run again, which resumes there",
         ) from error
 
 
-def _check(sample: Sample, manifest: Manifest) -> None:
-    num_tokens = len(sample.tokens)
-    _check_array("tokens", sample.tokens, "iu", (num_tokens,))
-    _check_array("loss_mask", sample.loss_mask, "iub", (num_tokens,))
-    if ((sample.loss_mask != 0) & (sample.loss_mask != 1)).any():
-        raise ValueError(f"loss_mask: expected zeros and ones, got {np.unique(sample.loss_mask)}")
-    if sample.loss_mask[:1].any():
-        raise ValueError("loss_mask: expected 0 at the first token, which nothing predicts, got 1")
-    if not 0 <= sample.context_length <= num_tokens:
-        raise ValueError(
-            f"context_length: expected 0 to {num_tokens} tokens, got {sample.context_length}"
-        )
-    num_columns = sample.topk_ids.shape[-1] if manifest.ragged else manifest.max_entries
-    shape = (int(sample.loss_mask.sum()), num_columns)
-    _check_array("topk_ids", sample.topk_ids, "iu", shape)
-    _check_array("topk_log_probs", sample.topk_log_probs, "f", shape)
-    _check_array("tail_log_probs", sample.tail_log_probs, "f", shape[:1])
-    kept = sample.topk_ids != -1 if manifest.ragged else np.full(shape, True)
-    longest = kept.sum(axis=1).max(initial=0)
-    if longest > manifest.max_entries:
-        raise ValueError(
-            f"topk_ids: expected at most {manifest.max_entries} entries a row, got {longest}"
-        )
-    for name, ids in ("tokens", sample.tokens), ("topk_ids", sample.topk_ids[kept]):
-        if ids.size and not 0 <= ids.min() <= ids.max() < manifest.vocab_size:
-            raise ValueError(
-                f"{name}: expected ids from 0 to {manifest.vocab_size - 1} (vocabulary of "
-                f"{manifest.vocab_size}), got {ids.min()} to {ids.max()}"
-            )
-    ordered = np.sort(sample.topk_ids, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        raise ValueError(
-            f"topk_ids: expected each id at most once a row, got {ordered[:, 1:][twice][0]} twice"
-        )
-    for name in "topk_log_probs", "tail_log_probs":
-        log_probs = getattr(sample, name)
-        if not (log_probs <= _HIGHEST_LOG_PROB).all():  # false for NaN as well
-            raise ValueError(f"{name}: expected log-probs, at most 0, got {log_probs.max()}")
-
-
-def _check_array(name: str, array: Array, kinds: str, shape: tuple[int, ...]) -> None:
-    if array.dtype.kind not in kinds or array.shape != shape:
-        expected = "float" if kinds == "f" else "integer"
-        raise ValueError(
-            f"{name}: expected {expected} {list(shape)}, got {array.dtype} {list(array.shape)}"
-        )
-
-
 def _create_manifest(path: Path, manifest: Manifest) -> None:
-    """Publish the manifest, unless another process is first: a link never replaces a file."""
-    temporary = _temporary_path(path)
+    """Publish the manifest, unless another process is first."""
     foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
     if foreign and MANIFEST_NAME not in foreign:
         raise ValueError(
             f"{path}: expected an empty directory or a cache, found {min(foreign)} and no "
             f"{MANIFEST_NAME}; choose another cache.path"
         )
+    temporary = _temporary_path(path)
     try:
         _write(temporary, record_bytes(manifest))
+        # A link, because a rename would replace the manifest of another process.
         try:
             os.link(temporary, path / MANIFEST_NAME)
         except FileExistsError:
@@ -305,7 +259,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """One atomic rename. A shard that is there already has the same bytes and stays."""
+    """Rename, which is atomic. A shard that is there already has the same bytes and stays."""
     try:
         os.rename(temporary, final)
     except OSError:
@@ -321,21 +275,15 @@ def _temporary_path(directory: Path) -> Path:
     return directory / f"{_TEMPORARY}+{this_host()}+{os.getpid()}+{next(_temporary_numbers)}"
 
 
-def _lease_path(directory: Path, index: int) -> Path:
-    return directory / f"{_LEASE}{index:05d}"
-
-
 def _remove_leftovers(path: Path) -> None:
-    """Remove what dead processes of this host left, and claims on shards that are there."""
-    temporary_of_this_host = f"{_TEMPORARY}+{this_host()}+"
+    """Remove what dead processes of this host left, free claims, and claims on finished shards."""
+    of_this_host = f"{_TEMPORARY}+{this_host()}+"
     for entry in path.iterdir():
         if entry.name.startswith(_LEASE):
             index = int(entry.name.removeprefix(_LEASE))
             if (path / shard_name(index)).exists() or is_free(entry):
                 entry.unlink(missing_ok=True)
-        elif entry.name.startswith(temporary_of_this_host) and not is_alive(
-            int(entry.name.split("+")[2])
-        ):
+        elif entry.name.startswith(of_this_host) and not is_alive(int(entry.name.split("+")[2])):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:

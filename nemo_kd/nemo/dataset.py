@@ -1,26 +1,15 @@
 """A cache in the place of NeMo's SFT jsonl: its batches, and the teacher's rows beside them."""
 
-import json
 from typing import Any
 
-import xxhash
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
 
 from nemo_kd.cache import TopKCache
+from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.fit import check_fits
 from nemo_kd.student.rows import collate_rows, sample_rows
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a hash of a NeMo tokenizer's vocabulary and end token.
-
-    Equal for tokenizers that give each id the same meaning, wherever their files lie.
-    """
-    tokens = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
-    content = json.dumps([tokens, tokenizer.eos_id], default=str)
-    return xxhash.xxh3_128_hexdigest(content.encode())
 
 
 class GPTSFTKDDataset(GPTSFTDataset):

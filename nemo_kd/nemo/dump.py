@@ -11,9 +11,9 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.cache import CacheWriter, Manifest
+from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.dataset import tokenizer_fingerprint
 from nemo_kd.nemo.layout import check_layout, check_sequence_length
 from nemo_kd.nemo.nemo_file import read_model_config
 from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher

@@ -93,3 +93,46 @@ def save_nemo(model: Any, path: str) -> None:
     if torch.distributed.get_rank() == 0:
         os.replace(directory / target.name, target)
         shutil.rmtree(directory)
+
+
+def read_tokenizer(path: Path, key: str) -> Any:
+    """Return NeMo's tokenizer of a .nemo, without its weights, or of a Hugging Face directory.
+
+    Args:
+        path: The .nemo, a file or unpacked, or the directory.
+        key: The option that named it, for the error.
+
+    Raises:
+        ValueError: There is no such path, or it is no .nemo of Megatron Core.
+    """
+    from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+
+    if not path.exists():
+        raise ValueError(f"{key}: expected a .nemo or a directory, found no {path}")
+    if path.is_dir() and not (path / "model_config.yaml").exists():
+        return get_nmt_tokenizer(library="huggingface", model_name=str(path), use_fast=True)
+    settings = read_model_config(str(path), key).tokenizer
+    with tempfile.TemporaryDirectory() as unpacked:
+        if path.is_file():
+            with tarfile.open(path) as nemo:
+                small = [member for member in nemo if "model_weights" not in member.name]
+                nemo.extractall(unpacked, small, filter="data")
+        root = path if path.is_dir() else Path(unpacked)
+        # Of a file that lies in the .nemo, the config has the name with `nemo:` before it.
+        files = {
+            argument: str(root / name.removeprefix("nemo:")) if name.startswith("nemo:") else name
+            for argument, setting in (
+                ("tokenizer_model", "model"),
+                ("vocab_file", "vocab_file"),
+                ("merges_file", "merge_file"),
+            )
+            if (name := settings.get(setting))
+        }
+        return get_nmt_tokenizer(
+            library=settings.library,
+            model_name=settings.get("type"),
+            use_fast=settings.get("use_fast", False),
+            special_tokens=settings.get("special_tokens"),
+            legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
+            **files,
+        )

@@ -23,9 +23,8 @@ def main() -> None:
     manifest = source.manifest
     if manifest.selection["kind"] != "top_k" or manifest.selection["k"] < arguments.k:
         parser.error(f"{arguments.source}: expected top_k of --k or more, got {manifest.selection}")
-    # value_type is left empty, because it follows from the codec.
     selection = manifest.selection | {"k": arguments.k}
-    smaller = replace(manifest, selection=selection, codec="packed", value_type="")
+    smaller = replace(manifest, selection=selection, codec="packed")
     writer = CacheWriter.open(arguments.output, smaller)
     for shard in writer.claim_shards(wait=lambda: time.sleep(1)):
         with writer.shard(shard) as sink:

@@ -21,7 +21,7 @@ from report import write_report
 from steps import Steps, say, together
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.cli import summarize
+from nemo_kd.cache.inspection import summarize
 
 HERE = Path(__file__).parent
 SEED = 1234

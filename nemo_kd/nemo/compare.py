@@ -1,0 +1,89 @@
+"""Compares a cache with the source files that it was made of: `nemo-kd verify --against`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
+    GPTSFTChatDataset,
+)
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+from torch.utils.data import ConcatDataset
+from tqdm import tqdm
+
+from nemo_kd.cache import TopKCache
+from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.config import DataConfig, read_settings
+from nemo_kd.nemo.nemo_file import read_tokenizer
+from nemo_kd.nemo.sources import cut_sample
+
+# The settings of `data` that NeMo's datasets take under the same name.
+_SETTINGS = (
+    "max_seq_length",
+    "prompt_template",
+    "label_key",
+    "truncation_field",
+    "truncation_method",
+    "answer_only_loss",
+    "add_bos",
+    "add_eos",
+    "add_sep",
+    "sep_id",
+)
+
+
+def differences(cache: TopKCache, files: list[str], tokenizer_path: Path) -> Iterator[str]:
+    """Yield a line for each difference between the cache and what NeMo makes of the files.
+
+    Args:
+        files: the jsonl files, in the order that the dump read them.
+        tokenizer_path: the teacher's or the student's .nemo, or a Hugging Face directory.
+
+    Raises:
+        ValueError: there is no such tokenizer.
+    """
+    manifest = cache.manifest
+    tokenizer = read_tokenizer(tokenizer_path, "--tokenizer")
+    if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        yield f"{tokenizer_path}: another tokenizer than the one that the cache was made with"
+        return
+    for number, file in enumerate(files):
+        if fingerprint_file(file) not in manifest.sources[number : number + 1]:
+            yield f"{file}: not the file that was number {number} of the dump's sources"
+    data = read_settings(DataConfig, manifest.dataset | {"file_names": files}, "manifest.dataset")
+    # NeMo trusts an index that it finds. In a directory of its own it finds none.
+    with TemporaryDirectory() as index_dir:
+        samples = _samples(data, tokenizer, index_dir)
+        if len(samples) != len(cache):
+            yield f"{cache.path}: {len(cache)} samples, in the source files {len(samples)}"
+        for number in tqdm(range(min(len(samples), len(cache))), unit=" samples", disable=None):
+            expected = cut_sample(samples[number], samples.datasets[0])
+            try:
+                stored = cache[number]
+            except (ValueError, OSError) as error:
+                yield str(error)
+                continue
+            for name, value in zip(
+                ("tokens", "loss_mask", "context_length"), expected, strict=True
+            ):
+                if not np.array_equal(getattr(stored, name), value):
+                    yield f"{cache.path}: sample {number}: {name} is not what the source gives"
+
+
+def _samples(data: DataConfig, tokenizer: Any, index_dir: str) -> ConcatDataset[Any]:
+    """The samples of all files, as NeMo's model builds them for the dump."""
+    kind = GPTSFTChatDataset if data.chat else GPTSFTDataset
+    return ConcatDataset(
+        kind(
+            file,
+            tokenizer,
+            special_tokens=data.chat_prompt_tokens,
+            index_mapping_dir=index_dir,
+            **{name: getattr(data, name) for name in _SETTINGS},
+        )
+        for file in data.file_names
+    )
