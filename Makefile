@@ -57,7 +57,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/loss.py $(if $(SMALL),--small)
+	PYTHONPATH=tests $(BIN)/python benchmarks/loss.py $(if $(SMALL),--small)
 	$(BIN)/python benchmarks/cache.py $(if $(SMALL),--small)
 
 clean:

@@ -14,14 +14,15 @@ Hidden states in (ratios to "layer, loss"):
 A time is the fastest of interleaved repetitions: what else the machine does only ever adds. Peak
 memory is the growth of the resident set above the inputs, of the hungriest rank, in multiples of
 its logits; the gradients of hidden states and weight, which both ways hold, are taken off.
-Run: python benchmarks/loss.py [--small]
+Run, with tests/ for what starts the ranks:
+
+    PYTHONPATH=tests python benchmarks/loss.py [--small]
 """
 
 import argparse
 import ctypes
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +30,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from distributed import run_distributed
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from distributed import run_distributed
 
 from nemo_kd.loss import (
     KDLossConfig,

@@ -1,6 +1,6 @@
 """What distillation adds to the runs themselves, measured on the demo's models and data.
 
-    make demo && python benchmarks/models.py [--small]
+    make demo && PYTHONPATH=examples:tests python benchmarks/models.py [--small]
 
 teacher run    all of examples/dump_teacher_topk.py's work on a shard (tokens, forward, selection,
                packing, writing) beside the bare forward pass of the same micro batches, window by
@@ -20,9 +20,6 @@ import time
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from demo import OUT, PROMPT

@@ -6,46 +6,13 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import EDGES, GRID, MODES, Case, V, random_case
+from loss_checks import assert_matches_reference, run
 from reference import reference_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nemo_kd.loss.fused
-from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
-
-
-def run(
-    case: Case, config: KDLossConfig, *, inplace: bool = False
-) -> tuple[KDLossOutput, torch.Tensor]:
-    """The output and dsum(loss)/dlogits."""
-    logits = case.logits.clone().requires_grad_()
-    out = vocab_parallel_kd_sft_loss(
-        logits, case.labels, case.log_probs, case.ids, case.tails, config=config, inplace=inplace
-    )
-    out.loss.sum().backward()
-    assert logits.grad is not None
-    return out, logits.grad
-
-
-def assert_matches_reference(
-    case: Case, config: KDLossConfig, out: KDLossOutput, gradient: torch.Tensor
-) -> None:
-    """Values to 1e-5 relative, gradients to 1e-5 of the largest: float32 keeps seven digits, and
-    sums of 48 terms and an exp cost about one. 1e-6 beside it, for a KD near 0 is a difference of
-    log-probs of order 1."""
-    expected = reference_loss(*case.flat(), config)
-    for name, value in {**out._asdict(), **out.metrics}.items():
-        if name != "metrics":
-            torch.testing.assert_close(
-                value.double().flatten(),
-                expected[name],
-                rtol=1e-5,
-                atol=1e-6,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )
-    largest = expected["gradient"].abs().max()
-    error = (gradient.double().reshape(expected["gradient"].shape) - expected["gradient"]).abs()
-    assert error.max() <= 1e-5 * largest
+from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
 
 
 @pytest.mark.parametrize(("edge", "mode", "gather"), GRID)

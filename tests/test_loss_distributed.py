@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_distributed
 from loss_cases import EDGES, GRID, MODES, Case, V, random_case
-from test_loss import assert_matches_reference
+from loss_checks import assert_matches_reference
 
 import nemo_kd.loss.fused
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import MODES, Case, random_case
-from test_loss import run
+from loss_checks import run
 
 MODE = st.sampled_from(sorted(MODES))
 IS_DIVERGENCE = st.sampled_from([name for name in sorted(MODES) if "drop" not in name])
