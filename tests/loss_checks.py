@@ -1,7 +1,9 @@
 """Runs the loss on a whole vocabulary, and compares an output with the float64 reference."""
 
+from functools import cache
+
 import torch
-from loss_cases import Case
+from loss_cases import EDGES, MODES, Case
 from reference import reference_loss
 
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
@@ -20,13 +22,24 @@ def run(
     return out, logits.grad
 
 
+@cache
+def expected_of(edge: str, mode: str) -> dict[str, torch.Tensor]:
+    """What `reference_loss` returns for a named edge and mode."""
+    return reference_loss(*EDGES[edge]().flat(), MODES[mode])
+
+
 def assert_matches_reference(
     case: Case, config: KDLossConfig, out: KDLossOutput, gradient: torch.Tensor
 ) -> None:
+    assert_matches(reference_loss(*case.flat(), config), out, gradient)
+
+
+def assert_matches(
+    expected: dict[str, torch.Tensor], out: KDLossOutput, gradient: torch.Tensor
+) -> None:
     """Values to 1e-5 relative, gradients to 1e-5 of the largest: float32 keeps seven digits, and
-    sums of 48 terms and an exp cost about one. 1e-6 beside it, for a KD near 0 is a difference of
-    log-probs of order 1."""
-    expected = reference_loss(*case.flat(), config)
+    sums of 48 terms and an exp cost about one. The values have 1e-6 beside it, because a KD loss
+    near 0 is a difference of log-probs of order 1."""
     for name, value in {**out._asdict(), **out.metrics}.items():
         if name != "metrics":
             torch.testing.assert_close(
