@@ -245,7 +245,8 @@ def test_gradient_of_a_row_does_not_depend_on_the_micro_batch() -> None:
     for i in range(6):
         row = slice(i, i + 1)
         alone = Case(*(getattr(case, name)[row] for name in Case.__dataclass_fields__))
-        # the last bits: torch takes the exponentials at a tensor's end one by one, not by vector
+        # Only the last bits differ: torch computes the exponentials at a tensor's end one by one,
+        # not by vector.
         torch.testing.assert_close(run(alone, config)[1], together[row], rtol=2**-21, atol=0)
 
 
