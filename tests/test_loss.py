@@ -65,6 +65,48 @@ def test_without_gradient_nothing_is_written(mode: str) -> None:
     torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=0, atol=0)
 
 
+def test_inplace_logits_that_need_no_gradient_stay() -> None:
+    case = random_case()
+    before = case.logits.clone()
+    vocab_parallel_kd_sft_loss(
+        case.logits, case.labels, case.log_probs, case.ids, case.tails,
+        config=MODES["forward_kl-label-T1"], inplace=True,
+    )  # fmt: skip
+    assert torch.equal(case.logits, before)
+
+
+@pytest.mark.parametrize("gather", ["topk", "full"])
+@pytest.mark.parametrize("mode", ["forward_kl-label-T1", "reverse_kl-bucket-T2"])
+def test_the_teacher_gets_no_gradient(mode: str, gather: str) -> None:
+    case = random_case()
+    case.log_probs.requires_grad_(), case.tails.requires_grad_()
+    run(case, replace(MODES[mode], logits_gather=gather))
+    assert case.log_probs.grad is None
+    assert case.tails.grad is None
+
+
+class Unused(torch.autograd.Function):
+    """Gives its input back, and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
+        return None
+
+
+def test_a_loss_without_a_gradient_gives_none() -> None:
+    case = random_case()
+    logits = case.logits.requires_grad_()
+    out = vocab_parallel_kd_sft_loss(
+        logits, case.labels, case.log_probs, case.ids, config=KDLossConfig(tail="renormalize")
+    )
+    (Unused.apply(out.loss).sum() + 0 * logits[0, 0, 0]).backward()
+    assert (logits.grad == 0).all()
+
+
 class StorageSizes(TorchDispatchMode):
     """The size of every storage that an operation returns."""
 
@@ -119,6 +161,12 @@ def test_chunks_that_do_not_divide_the_tokens(
         assert_matches_reference(case, MODES[mode], out, gradient)
 
 
+def test_a_row_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, config = random_case(), MODES["jsd-bucket-T2"]
+    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", 1)
+    assert_matches_reference(case, config, *run(case, config))
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "vocabulary_strided"])
 def test_non_contiguous_logits(
@@ -140,11 +188,11 @@ def test_non_contiguous_logits(
     assert_matches_reference(case, config, out, view(base.grad))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("gather", "inplace"), [("topk", False), ("topk", True), ("full", False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", MODES)
-def test_half_precision_logits(mode: str, dtype: torch.dtype, inplace: bool) -> None:
-    case, config = random_case(), MODES[mode]
+def test_half_precision_logits(mode: str, dtype: torch.dtype, gather: str, inplace: bool) -> None:
+    case, config = random_case(), replace(MODES[mode], logits_gather=gather)
     case.logits = case.logits.to(dtype)
     out, gradient = run(case, config, inplace=inplace)
     assert out.loss.dtype == torch.float32
