@@ -41,7 +41,7 @@ study: $(READY)
 	PYTHONPATH=examples $(BIN)/python studies/kd_vs_sft/study.py $(if $(SMALL),--small)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 test-matrix:
 	$(MAKE) test ARGS='-m "not slow"'
@@ -57,7 +57,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python benchmarks/loss.py $(if $(SMALL),--small)
+	PYTHONPATH=tests $(BIN)/python benchmarks/loss.py $(if $(SMALL),--small)
 	$(BIN)/python benchmarks/cache.py $(if $(SMALL),--small)
 
 clean:

@@ -3,11 +3,11 @@
     python benchmarks/cache.py --cache CACHE      # the rows of a raw cache of K = 100 or more
     python benchmarks/cache.py [--small]          # synthetic rows, V = 128,256, random ids
 
-All formats hold the same samples, in one run on one core. Times are this process's. Bytes are those
-of the files that hold the rows, their .idx included, without tokens and loss masks. JSONL has one
-line a sample with bfloat16 logits and a row for each supervised token (NeMo-Aligner's has rows for
-prompt and padding, too). Scanned: the reader looks for its line from the file's start, as
-NeMo-Aligner's does. Indexed: it knows where the line starts.
+All formats hold the same samples, in one run on one core. Times are CPU times of this process.
+Bytes are those of the files that hold the rows, with their .idx and without tokens and loss masks.
+JSONL has one line a sample with bfloat16 logits and a row for each supervised token (NeMo-Aligner's
+has rows for prompt and padding, too). Scanned: the reader looks for its line from the file's start,
+as NeMo-Aligner's does. Indexed: it knows where the line starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache
 
 K = 100
 NUM_DRAWS = 50
-NUM_SUPERVISED = 64  # tokens a sample, of an answer of ordinary length
+NUM_SUPERVISED = 64  # supervised tokens of a sample, as in an answer of ordinary length
 _NUM_READS = 128
 SELECTIONS: dict[str, dict[str, Any]] = {
     "top_k": {"kind": "top_k", "k": K, "temperature": 1.0},
@@ -186,7 +186,7 @@ def _parse(line: bytes) -> Sample:
 
 
 def _joined(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Of 64 supervised tokens or more, as long answers have: short ones in a row become one."""
+    """Samples of 64 supervised tokens or more, as long answers have: short ones are joined."""
     parts: list[Sample] = []
     for sample in samples:
         parts.append(sample)
@@ -197,7 +197,7 @@ def _joined(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 
 def _synthetic(num_samples: int, vocab_size: int) -> Iterator[Sample]:
-    """Ids uniformly random, the worst case of a code of ids."""
+    """Samples with uniformly random ids, the worst case for a code of ids."""
     rng = np.random.default_rng(0)
     for _ in range(num_samples):
         ids = np.array([rng.choice(vocab_size, K, replace=False) for _ in range(NUM_SUPERVISED)])
@@ -225,7 +225,7 @@ def _top_k(sample: Sample) -> Sample:
 
 
 def _top_p(sample: Sample) -> Sample:
-    """Of the K most probable entries those before which there is less than 0.99."""
+    """The fewest of the K most probable entries that hold 0.99 of the mass."""
     sample = _top_k(sample)
     mass = np.exp(sample.topk_log_probs.astype(np.float64))
     cut = mass.cumsum(axis=1) - mass >= 0.99
@@ -239,7 +239,7 @@ def _top_p(sample: Sample) -> Sample:
 
 
 def _draw(sample: Sample, vocab_size: int, rng: np.random.Generator) -> Sample:
-    """50 draws of each row; a draw of the tail, whose ids are not stored, is any id."""
+    """50 draws from each row. The tail's ids are not stored, so a draw from the tail is any id."""
     ids = np.full((len(sample.topk_ids), NUM_DRAWS), -1)
     log_probs = np.full(ids.shape, -np.inf, np.float32)
     for row, (kept, values) in enumerate(zip(sample.topk_ids, sample.topk_log_probs, strict=True)):

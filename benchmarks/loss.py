@@ -11,17 +11,19 @@ Hidden states in (ratios to "layer, loss"):
     layer, loss   the output layer, then vocab_parallel_kd_sft_loss inplace
     layer fused   vocab_parallel_linear_kd_sft_loss
 
-A time is the fastest of interleaved repetitions: what else the machine does only ever adds. Peak
-memory is the growth of the resident set above the inputs, of the hungriest rank, in multiples of
-its logits; the gradients of hidden states and weight, which both ways hold, are taken off.
-Run: python benchmarks/loss.py [--small]
+A time is the fastest of interleaved repetitions, because other work on the machine only adds to it.
+Peak memory is the growth of the resident set above the inputs, on the rank that needs most, in
+multiples of its logits. The gradients of hidden states and weight are subtracted, because both ways
+hold them.
+Run, with tests/ for what starts the ranks:
+
+    PYTHONPATH=tests python benchmarks/loss.py [--small]
 """
 
 import argparse
 import ctypes
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +31,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from distributed import run_distributed
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from distributed import run_distributed
 
 from nemo_kd.loss import (
     KDLossConfig,
@@ -145,9 +145,9 @@ def dense(x: Inputs) -> Tensor:
 
 
 def unfused(x: Inputs, *, copy: bool) -> Tensor:
-    """Each term forms a gradient of the logits' size and autograd adds them."""
+    """Each term forms a gradient of the logits' size, and autograd adds the two."""
     kd_loss = _kl(x.log_probs, _GatherEntries.apply(x.logits, x.ids))
-    # Last, for Megatron Core's works in the memory of float32 logits.
+    # Last, because Megatron Core's cross entropy overwrites float32 logits.
     logits = x.logits.clone() if copy and x.logits.dtype == torch.float32 else x.logits
     sft_loss = vocab_parallel_cross_entropy(logits[:, None], x.labels[:, None])[:, 0]
     return ((kd_loss + SFT_LOSS_WEIGHT * sft_loss) * x.weights).sum()
@@ -188,7 +188,7 @@ HIDDEN_ROWS: dict[str, Callable[[Inputs], Tensor]] = {
 
 
 def step(name: str, x: Inputs) -> None:
-    """Forward and backward; the gradients are dropped."""
+    """Forward and backward, whose gradients are then dropped."""
     (LOGITS_ROWS | HIDDEN_ROWS)[name](x).backward()
     if name == "layer, loss" and dist.get_world_size() > 1:
         dist.all_reduce(x.hidden.grad)
@@ -197,7 +197,8 @@ def step(name: str, x: Inputs) -> None:
 
 def peak_growth_bytes(name: str, x: Inputs) -> int:
     """How far one step pushes this process's resident set above where it starts."""
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier step left would hide this one's
+    # Otherwise memory that an earlier step left would hide what this step takes.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
     before = _status_bytes("VmRSS")
     step(name, x)

@@ -1,6 +1,6 @@
 """What distillation adds to the runs themselves, measured on the demo's models and data.
 
-    make demo && python benchmarks/models.py [--small]
+    make demo && PYTHONPATH=examples:tests python benchmarks/models.py [--small]
 
 teacher run    all of examples/dump_teacher_topk.py's work on a shard (tokens, forward, selection,
                packing, writing) beside the bare forward pass of the same micro batches, window by
@@ -20,9 +20,6 @@ import time
 from itertools import cycle
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from demo import OUT, PROMPT
@@ -54,7 +51,7 @@ OBJECTIVES = {
 
 
 def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float], list[Any]]:
-    """Seconds of the run on one shard and of the bare forward; and its rows before packing."""
+    """Seconds of the run on one shard and of the bare forward; and the rows before packing."""
     from nemo_kd.nemo import dump
     from nemo_kd.teacher import run
     from nemo_kd.teacher.forward import Teacher
@@ -98,7 +95,7 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
     bare_first = cycle((True, False))
 
     def timed_rows(self: Any, batches: Any) -> Any:
-        """The run's own pass and the bare one, which take turns in being the first."""
+        """The run's own pass and the bare one, which take turns to go first."""
         if is_first := next(bare_first):
             bare_forward(self, batches)
         window = teacher_rows(self, batches)
@@ -118,7 +115,7 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
 def measure_packed_rows(
     rank: int, world_size: int, path: Path, rows: list[Any]
 ) -> dict[str, tuple[float, float]]:
-    """By how much loss and gradient from packed rows differ from those of float32, relatively."""
+    """The relative errors of loss and gradient from packed rows, against float32 rows."""
     drop_noise()
     cache = TopKCache(path)
     student = restore(OUT / "kd.nemo")
@@ -186,7 +183,7 @@ def measure_training_step(num_steps: int, rounds: int) -> dict[str, float]:
                     "exp_manager.create_checkpoint_callback=false",
                     timeout=600,
                 )
-                # the first steps allocate
+                # Without the first two steps, which allocate memory.
                 seconds[name] += scalars(Path(logs))["train_step_timing in s"][2:]
     return {name: statistics.median(values) for name, values in seconds.items()}
 

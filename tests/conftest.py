@@ -1,11 +1,15 @@
 """Models and data that many tests share, made once a session: a tiny teacher and a tiny student."""
 
+import os
 import random
 import re
 from pathlib import Path
 
 import pytest
 from runs import dump_arguments, run_example, write_jsonl
+
+# Two workers share two cores; torch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = re.findall(
     r"\w+",

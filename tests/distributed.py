@@ -1,8 +1,7 @@
-"""Runs a function in real gloo processes: tests of parallelism are tests of collectives."""
+"""Runs a function in real gloo processes, because tests of parallelism test collectives."""
 
 import os
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 
 
 def run_distributed(
@@ -22,45 +21,24 @@ def run_distributed(
     `fn` is importable (top-level in its module); what it returns goes through torch.save. A rank
     that raises fails the call with its traceback, one that hangs is killed after `timeout` seconds.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            context.Process(
-                target=_run_rank,
-                args=(fn, rank, world_size, directory, timeout, args),
-                daemon=False,
-            )
+            warm.start(_run_rank, fn, rank, world_size, directory, timeout, args)
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
-        try:
-            _wait(processes, Path(directory), time.monotonic() + timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        codes = warm.wait(processes, timeout)
+        for rank, code in enumerate(codes):
+            if code:
+                error = Path(directory, f"{rank}.error")
+                reason = error.read_text() if error.exists() else f"ended with exit code {code}"
+                raise RuntimeError(f"rank {rank} of {world_size}: {reason}")
+        if None in codes:
+            running = [rank for rank, code in enumerate(codes) if code is None]
+            raise TimeoutError(f"ranks {running} of {world_size} did not end in time")
         return [
             torch.load(Path(directory) / f"{rank}.pt", weights_only=False)
             for rank in range(world_size)
         ]
-
-
-def _wait(processes: list[Any], directory: Path, deadline: float) -> None:
-    """Until every rank has ended well; the first failure or the deadline ends the wait."""
-    while True:
-        codes = [process.exitcode for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                error = directory / f"{rank}.error"
-                reason = error.read_text() if error.exists() else f"ended with exit code {code}"
-                raise RuntimeError(f"rank {rank} of {len(processes)}: {reason}")
-        if all(code == 0 for code in codes):
-            return
-        if time.monotonic() > deadline:
-            running = [rank for rank, code in enumerate(codes) if code is None]
-            raise TimeoutError(f"ranks {running} of {len(processes)} did not end in time")
-        time.sleep(0.02)
 
 
 def _run_rank(

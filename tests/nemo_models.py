@@ -1,4 +1,4 @@
-"""What tests do with a .nemo in processes of their own: the CPU backend patches all of torch."""
+"""What tests do with a .nemo, in processes of their own: the CPU backend patches all of torch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from omegaconf import OmegaConf, open_dict
 
 
 def restore(path: Path, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> Any:
-    """The .nemo as plain MegatronGPTSFTModel, on this process's ranks."""
+    """The .nemo as a plain MegatronGPTSFTModel, on the ranks of this run."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
     )

@@ -1,11 +1,15 @@
-"""Runs the examples as a user does: real processes, and torchrun for more than one."""
+"""Runs the examples as a user does: in real processes, with torchrun for more than one."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import warm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPT = "Q: {input} A: {output}"
@@ -16,28 +20,73 @@ def run_example(
     script: str,
     *arguments: object,
     processes: int = 1,
+    cold: bool = False,
     succeeds: bool = True,
     status: int | None = None,
     timeout: float = 240,
 ) -> str:
-    """Return what the example printed; fail if it does not end as it should, or with `status`."""
+    """Return what the example printed; fail if it does not end as it should, or with `status`.
+
+    Its processes start warm (see warm.py), in torchrun's environment where there are several. A
+    `cold` run has its imports in a user's order, and a real torchrun.
+    """
+    path, words = str(EXAMPLES / script), [str(argument) for argument in arguments]
+    run = _run_cold if cold else _run_warm
+    returncode, output = run(path, words, processes, timeout)
+    assert (returncode == 0) == (succeeds and not status), output[-6000:]
+    assert status in (None, returncode), output[-6000:]
+    return output
+
+
+def _run_cold(script: str, arguments: list[str], processes: int, timeout: float) -> tuple[int, str]:
+    """The exit status and the output of a new Python, started by torchrun if there are several."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     result = subprocess.run(
-        [
-            sys.executable,
-            *(torchrun if processes > 1 else []),
-            str(EXAMPLES / script),
-            *map(str, arguments),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, *(torchrun if processes > 1 else []), script, *arguments],
+        env=os.environ | warm.ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
     )
-    assert (result.returncode == 0) == (succeeds and not status), result.stdout[-6000:]
-    assert status in (None, result.returncode), result.stdout[-6000:]
-    return result.stdout
+    return result.returncode, result.stdout
+
+
+def _run_warm(script: str, arguments: list[str], processes: int, timeout: float) -> tuple[int, str]:
+    """The first exit status that is not 0, or 0, and the output of all ranks, one after another."""
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory, str(rank)) for rank in range(processes)]
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = [
+            warm.start(
+                warm.run_script,
+                *(script, arguments, output),
+                environment=torchrun_environment(rank, processes, port) if processes > 1 else {},
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        codes = warm.wait(ranks, timeout)
+        output = "".join(path.read_text() for path in outputs if path.exists())
+        failed = [code for code in codes if code]
+        if None in codes and not failed:
+            raise TimeoutError(f"{script} did not end in {timeout} s: {output[-6000:]}")
+        return next(iter(failed), 0), output
+
+
+def torchrun_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of one node, as far as Lightning, NeMo and nemo_kd read it."""
+    return {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
 
 
 def dump_arguments(teacher: Path, data: Path, cache: Path, *more: str) -> list[str]:

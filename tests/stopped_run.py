@@ -1,8 +1,9 @@
-"""examples/train_kd_sft.py, sent a signal while it trains one step.
+"""examples/train_kd_sft.py, which gets a signal in one of its steps.
 
     python stopped_run.py SIGNAL STEP RANK arguments of the example
 
-At the end of step STEP the process of rank RANK has SIGNAL, and its children, as Slurm does it.
+At the end of step STEP, SIGNAL goes to the process of rank RANK and to its children, as Slurm sends
+it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Several caches in one run: by their probabilities, over epochs, with rows of unequal lengths."""
+"""Several caches in one run: drawn by probability, over epochs, with rows of unequal lengths."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ BATCH_SIZE = 2
 
 
 def write_shorter(source: TopKCache, path: Path, num_samples: int, num_kept: int) -> TopKCache:
-    """The last samples of a cache, with fewer entries in a row."""
+    """A cache of the last samples of another one, with fewer entries in a row."""
     manifest = replace(
         source.manifest,
         num_samples=num_samples,
@@ -35,7 +35,7 @@ def write_shorter(source: TopKCache, path: Path, num_samples: int, num_kept: int
 
 
 def kd_losses(hf_student: Path, cache: TopKCache) -> list[torch.Tensor]:
-    """The formula on Hugging Face's logits: of each sample, the KD of its supervised tokens."""
+    """The KD loss of each sample's supervised tokens, by the formula on Hugging Face's logits."""
     from transformers import AutoModelForCausalLM
 
     student = AutoModelForCausalLM.from_pretrained(hf_student)
@@ -93,7 +93,7 @@ def test_a_blend_trains_on_each_sample_in_its_turn(
         f"trainer.max_steps={NUM_STEPS}",
         f"trainer.val_check_interval={NUM_STEPS}",
         "model.knowledge_distillation.tail=renormalize",
-        "model.optim.lr=0.0",  # so that each step tells its samples
+        "model.optim.lr=0.0",  # so that a step's loss tells which samples it saw
     )
     order = blended_order([len(cache) for cache in caches])
     losses = [kd_losses(hf_llamas["tied"], cache) for cache in caches]

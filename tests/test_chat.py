@@ -1,4 +1,4 @@
-"""Chat data: NeMo's multi-turn samples and masks, from the dump to the student."""
+"""Chat data: NeMo's multi-turn samples and masks, from the teacher run to the student."""
 
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def test_batches_equal_nemos(chat_cache: TopKCache, nemo_chat: Any, tokenizer: A
         batch = own.collate_fn([own[index] for index in indices])
         for key, value in expected.items():
             if key == "answers" and 5 in indices:
-                continue  # NeMo's go on where the tokens are truncated
+                continue  # NeMo does not truncate its answers with the tokens
             if isinstance(value, torch.Tensor):
                 assert batch[key].dtype == value.dtype, key
                 torch.testing.assert_close(batch[key], value, rtol=0, atol=0, msg=key)
@@ -151,7 +151,7 @@ def test_batches_equal_nemos(chat_cache: TopKCache, nemo_chat: Any, tokenizer: A
 def test_it_trains_and_validates_beside_a_chat_jsonl(
     chat_cache: TopKCache, chat_jsonl: Path, nemos: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two validation sets, of the same samples: KD and SFT metrics, and SFT metrics alone."""
+    """Two validation sets of the same samples: a cache has KD and SFT metrics, a jsonl only SFT."""
     logs = tmp_path / "logs"
     arguments = train_arguments(nemos["tied"], chat_cache.path, chat_cache.path, logs)
     run_example(
@@ -166,7 +166,8 @@ def test_it_trains_and_validates_beside_a_chat_jsonl(
             for ds in ("train_ds", "validation_ds")
         ),
         *(f"model.data.{ds}.micro_batch_size=1" for ds in ("train_ds", "validation_ds")),
-        "model.data.validation_drop_last=false",  # NeMo's mean of a sample without tokens is 0 / 0
+        # Otherwise NeMo's mean of a sample without supervised tokens is 0 / 0.
+        "model.data.validation_drop_last=false",
     )
     logged = scalars(logs)
     losses = logged["validation_loss_cached"]

@@ -27,7 +27,7 @@ GIVEN = {
 }
 
 
-# Sections whose keys are ours: a key that + or a preset adds there is refused, too.
+# The sections whose keys are ours. A key that + or a preset adds there is refused, too.
 OWN = {
     "train_kd_sft": ["", "model.knowledge_distillation"],
     "dump_teacher_topk": ["", "data", "selection", "cache"],
@@ -37,7 +37,7 @@ OWN = {
 
 
 def check_of(name: str) -> Callable[[DictConfig], Any]:
-    """What refuses a key of this entry, at its start."""
+    """The checks that an entry makes at its start."""
     if name == "train_kd_sft":
         from nemo_kd.nemo.train import check_settings
 

@@ -1,4 +1,4 @@
-"""Context parallelism: each rank has its slices of the rows, and a split run is the whole one."""
+"""Context parallelism: each rank gets its slices of the rows, and the split changes no curve."""
 
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ NUM_STEPS = 2
 
 @contextmanager
 def standing_in(rank: int, size: int) -> Iterator[None]:
-    """Megatron's groups as rank `rank` of a context-parallel group of `size` sees them."""
+    """Megatron's groups, as rank `rank` of a context-parallel group of `size` ranks sees them."""
     from megatron.core import parallel_state
 
     with patch.multiple(
@@ -32,7 +32,7 @@ def standing_in(rank: int, size: int) -> Iterator[None]:
 
 
 def on_this_rank(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model and its batch, after the steps that NeMo's forward has before the model's."""
+    """The student, and a batch after the steps that NeMo takes before the model's forward."""
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
     from nemo_kd.student.terms import MeanTerms
 
@@ -46,7 +46,7 @@ def on_this_rank(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def partitioned_indices(cu_seqlens: torch.Tensor, length: int, size: int, rank: int) -> Any:
-    """Transformer Engine's thd_get_partitioned_indices: of each sequence chunks r and -1-r."""
+    """Transformer Engine's thd_get_partitioned_indices: chunks r and -1-r of each sequence."""
     assert cu_seqlens[-1] == length
     parts = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
@@ -93,7 +93,7 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
                     positions = torch.cat([chunks[number], chunks[-1 - number]])
                     for name in ("tokens", "labels", "loss_mask", "position_ids"):
                         torch.testing.assert_close(own[name], whole[name][:, positions])
-                else:  # NeMo slices these later
+                else:  # NeMo slices packed sequences later
                     bounds = whole["cu_seqlens"][0]
                     assert (bounds[:-1] >= 0).sum() > 2, "several samples"
                     positions = partitioned_indices(bounds[bounds >= 0], length, size, number)
@@ -119,7 +119,7 @@ def test_each_rank_has_its_slices(cache: Path, hf_llamas: dict[str, Path]) -> No
 
 
 def gradient_of_one(rank: int, world_size: int, sizes: list[int]) -> tuple[list[float], bool]:
-    """What Megatron's schedule makes of the gradient of a loss whose own is 1, at each CP size."""
+    """The gradient, at each CP size, that Megatron's schedule makes of a loss's gradient of 1."""
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.pipeline_parallel import schedules
 
@@ -161,7 +161,7 @@ def test_the_schedule_does_what_its_source_says() -> None:
 
 
 def train(rank: int, world_size: int, *arguments: str) -> None:
-    """examples/train_kd_sft.py with a real context-parallel group; the attention alone differs."""
+    """examples/train_kd_sft.py with a real context-parallel group. Only the attention differs."""
     from hydra import compose, initialize_config_dir
     from nemo.utils.exp_manager import exp_manager
 
@@ -196,7 +196,7 @@ def train(rank: int, world_size: int, *arguments: str) -> None:
 
 
 def gather_keys_for_attention() -> None:
-    """Have the local attention do what Transformer Engine's does: own queries, the keys of all."""
+    """Let local attention do as Transformer Engine's: own queries meet the keys of all ranks."""
     from megatron.core import parallel_state
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.module import MegatronModule

@@ -62,7 +62,7 @@ def nemo_dataset(tmp_path: Path, records: list[dict[str, str]], tokenizer: Any, 
 
 
 def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache:
-    """A cache of NeMo's samples with random rows."""
+    """Write a cache of NeMo's samples with random rows."""
     from nemo_kd.nemo.sources import cut_sample
 
     manifest = Manifest(
@@ -119,7 +119,7 @@ def test_batches_equal_nemos(name: str, tmp_path: Path, tokenizer: Any, records:
         **{k: v for k, v in settings.items() if k in ("max_seq_length", "pad_to_max_length")},
     )
     assert len(own) == len(nemo)
-    for indices in ([0], [1, 2, 3], list(range(12)), [3, -1]):  # -1: NeMo's padding of a batch
+    for indices in ([0], [1, 2, 3], list(range(12)), [3, -1]):  # NeMo pads a batch with index -1
         expected = nemo.collate_fn([nemo[index] for index in indices])
         batch = own.collate_fn([own[index] for index in indices])
         assert batch.keys() == expected.keys() | {"topk_ids", "topk_log_probs", "tail_log_probs"}
@@ -186,7 +186,7 @@ def test_renormalize_untempers_the_dump(tmp_path: Path, tokenizer: Any, records:
     stored = torch.from_numpy(cache[0].topk_log_probs)
     torch.testing.assert_close(rows.log_softmax(-1), (2 * stored).log_softmax(-1))
     torch.testing.assert_close(rows.logsumexp(-1), stored.logsumexp(-1))
-    # NeMo collates a blend with the first cache's function, whose temperature may be another
+    # NeMo collates a blend with the first cache's function. Its temperature may be another one.
     first = kd_dataset(write_cache(tmp_path / "first", nemo, tokenizer), tokenizer)
     blended = first.collate_fn([first[1], own[0]])["topk_log_probs"][1, : len(supervised)]
     torch.testing.assert_close(blended[blended[:, 0] > -torch.inf], rows)
@@ -246,7 +246,7 @@ def packed_dataset(cache: TopKCache, tokenizer: Any, **more: Any) -> Any:
 
 
 def prepare_packed_samples(nemo: Any, eos_id: int, context_parallel_size: int) -> list[Any]:
-    """What NeMo's prepare_packed_ft_dataset.py makes of a dataset's samples before it packs them"""
+    """What NeMo's prepare_packed_ft_dataset.py makes of a dataset's samples before packing."""
     samples = [nemo[index] for index in range(len(nemo))]
     if context_parallel_size > 1:
         multiple = max(16, 2 * context_parallel_size)
@@ -270,7 +270,7 @@ def test_packed_batches_equal_nemos(
     from nemo.utils import sequence_packing_utils as packing
 
     (tmp_path / "candidates").mkdir()
-    # NeMo packs any of the samples of one length, so that each length here has one
+    # NeMo packs samples of one length in any order, so each length has only one sample here.
     candidates = [{"input": "token " * number, "output": "a model"} for number in range(1, 40)]
     lengths_of = prepare_packed_samples(
         nemo_dataset(tmp_path / "candidates", candidates, tokenizer, max_seq_length=48),
@@ -352,7 +352,7 @@ def test_packed_rows_stand_where_their_token_is_predicted(
 def test_an_end_token_inside_a_sample_does_not_end_it(
     tmp_path: Path, tokenizer: Any, records: Any
 ) -> None:
-    """A chat has one after every turn."""
+    """A chat has an end token after every turn."""
     template = {"prompt_template": "Q: {input}</s></s> A: {output}"}
     nemo = nemo_dataset(tmp_path, records, tokenizer, **template)
     assert nemo[1]["input_ids"].count(tokenizer.eos_id) == 3
@@ -399,7 +399,7 @@ def test_a_cpu_has_no_attention_within_packs() -> None:
 
 
 def test_packs_train(nemos: dict[str, Path], cache: Path, tmp_path: Path) -> None:
-    """Through NeMo's training; without cu_seqlens, which a CPU's attention cannot take."""
+    """Through NeMo's training, but without cu_seqlens, which the attention of a CPU cannot take."""
     logs = tmp_path / "logs"
     run_example(
         "train_kd_sft.py",

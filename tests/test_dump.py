@@ -1,4 +1,4 @@
-"""The teacher run: what Hugging Face computes, at any layout, and the same bytes after a crash."""
+"""The teacher run gives what Hugging Face computes, at any layout, and the same after a crash."""
 
 import json
 import os
@@ -39,14 +39,14 @@ def test_rows_are_those_of_hugging_face(cache: Path, hf_llamas: dict[str, Path])
             log_probs = hf(tokens[None]).logits[0].log_softmax(-1)
         positions = sample.loss_mask.nonzero()[0] - 1
         expected = log_probs[positions].topk(8)
-        # float16 holds log-probs down to -16 to 0.008; ids may swap where two are as near as that
+        # float16 holds log-probs down to -16 to 0.008. Ids may swap where two are as close as that.
         np.testing.assert_allclose(sample.topk_log_probs, expected.values, atol=1e-2)
         own = log_probs[positions].gather(1, torch.from_numpy(sample.topk_ids).long())
         np.testing.assert_allclose(sample.topk_log_probs, own, atol=1e-2)
         assert (sample.topk_ids == expected.indices.numpy()).mean() > 0.99
         tail = (1 - expected.values.double().exp().sum(-1)).log()
         np.testing.assert_allclose(sample.tail_log_probs, tail, atol=1e-2)
-        # the answer and its end, and nothing else, is supervised
+        # Only the answer and its end token are supervised.
         answer = tokens[torch.from_numpy(sample.loss_mask).bool()]
         assert answer[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(tokens).startswith("Q: ")
@@ -63,7 +63,7 @@ def test_tensor_parallel_teacher_gives_the_same_rows(
     )
     for one, two in zip(TopKCache.open(cache), TopKCache.open(sharded), strict=True):
         np.testing.assert_array_equal(one.tokens, two.tokens)
-        # sums in another order round a float16 to its neighbour at most
+        # Sums in another order round a float16 to its neighbour at most.
         np.testing.assert_allclose(one.topk_log_probs, two.topk_log_probs, rtol=2e-3, atol=1e-3)
         assert (one.topk_ids == two.topk_ids).mean() > 0.99
 
@@ -72,7 +72,8 @@ def test_data_parallel_teachers_write_the_same_bytes(
     cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "cache"
-    run_example("dump_teacher_topk.py", *dump_arguments(nemos["untied"], jsonl, other), processes=2)
+    arguments = dump_arguments(nemos["untied"], jsonl, other)
+    run_example("dump_teacher_topk.py", *arguments, processes=2, cold=True)
     assert files_of(other) == files_of(cache)
 
 
@@ -139,7 +140,7 @@ def test_other_selections(
     tmp_path: Path,
 ) -> None:
     if processes == 2:
-        # its three layers do not divide; the student's two do
+        # The teacher's three layers do not divide by 2; the student's two layers do.
         selection = [*selection, "teacher.pipeline_model_parallel_size=2"]
     path = tmp_path / "cache"
     arguments = dump_arguments(
@@ -156,7 +157,7 @@ def test_other_selections(
             assert (sample.tail_log_probs == -np.inf).all()
         else:
             full_rows = (sample.topk_ids >= 0).sum(1) == 40
-            # of the packed values, which are quantised
+            # Below 0.9, because the packed values are quantised.
             assert (kept[~full_rows] > 0.87).all()
     assert len(lengths) > 5, "rows differ in length"
 
@@ -175,7 +176,7 @@ def test_shards_are_numbers_and_ranges() -> None:
 def test_nemos_own_trainer_takes_the_teachers_config(
     nemos: dict[str, Path], tmp_path: Path
 ) -> None:
-    """On a GPU NeMo's builder reads keys of the model's config that gloo has no use for."""
+    """On a GPU NeMo's builder reads keys of the model's config that nothing reads with gloo."""
     from hydra import compose, initialize_config_dir
     from nemo.collections.nlp.parts import megatron_trainer_builder
     from omegaconf import OmegaConf

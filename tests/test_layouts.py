@@ -34,7 +34,7 @@ def model(**changes: object) -> DictConfig:
             2,
             1,
         ),
-        # Megatron's own division of the layers
+        # Megatron divides the layers itself.
         ({"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 3}, 4, 1),
         (
             {
@@ -89,7 +89,7 @@ def test_what_does_not_divide_is_refused(
     [
         ({}, 128, None),
         ({}, 129, r"data.max_seq_length of at most the model's 128 positions, got 129; .*\+model"),
-        ({"encoder_seq_length": 256}, 256, None),  # told so by the user
+        ({"encoder_seq_length": 256}, 256, None),  # the user says that the model takes more
         ({"position_embedding_type": "learned_absolute"}, 129, "got 129; lower it$"),
         ({"position_embedding_type": None, "encoder_seq_length": 256}, 129, "128 positions"),
         ({"encoder_seq_length": None, "max_position_embeddings": None}, 9999, None),

@@ -193,6 +193,71 @@ def test_main_grad(zero_out: bool) -> None:
         assert (stand_in == 0).all()
 
 
+@pytest.mark.parametrize("lacks", ["main_grad", "grad_added_to_main_grad"])
+def test_without_megatrons_gradient_buffer_autograd_gets_the_gradient(lacks: str) -> None:
+    """As with Megatron's DDP off, or another optimizer: one of the two attributes is missing."""
+    mode, kept = "forward_kl-label-T1", {}
+
+    def prepare(weight: torch.Tensor) -> None:
+        weight.main_grad = None if lacks == "main_grad" else torch.ones(weight.shape)
+        if lacks != "grad_added_to_main_grad":
+            weight.grad_added_to_main_grad = False
+        kept["weight"] = weight
+
+    out, hidden_grad, weight_grad = fused(mode, prepare=prepare)
+    assert_same(mode, out, hidden_grad, weight_grad)
+    if lacks == "main_grad":
+        assert not kept["weight"].grad_added_to_main_grad
+    else:
+        assert (kept["weight"].main_grad == 1).all()
+
+
+def test_no_supervised_token_has_no_loss_and_no_gradient() -> None:
+    case, hidden, weight, token_weights = make()
+    hidden.requires_grad_(), weight.requires_grad_()
+    out = vocab_parallel_linear_kd_sft_loss(
+        hidden, weight, case.labels, case.log_probs, case.ids,
+        token_weights=torch.zeros_like(token_weights), config=KDLossConfig(tail="renormalize"),
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss == 0
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_no_tokens() -> None:
+    case, hidden, weight, token_weights = make()
+    hidden = hidden[:0].requires_grad_()
+    out = vocab_parallel_linear_kd_sft_loss(
+        hidden, weight, case.labels[:0], case.log_probs[:0], case.ids[:0],
+        token_weights=token_weights[:0], config=KDLossConfig(tail="renormalize"),
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss == 0
+    assert out.kd_loss.shape == (0, B)
+    assert hidden.grad.shape == (0, B, H)
+
+
+def test_a_weight_of_another_type_than_the_hidden_states() -> None:
+    """The logits have the type of the hidden states, and each gradient the type of its tensor."""
+    mode = "forward_kl-label-T1"
+    case, hidden, weight, token_weights = make(torch.bfloat16)
+    _, expected, expected_hidden, expected_weight = two_steps(mode, torch.bfloat16)
+    weight = weight.float().requires_grad_()
+    out = vocab_parallel_linear_kd_sft_loss(
+        hidden.requires_grad_(), weight, case.labels, case.log_probs, case.ids, case.tails,
+        token_weights=token_weights, config=MODES[mode],
+    )  # fmt: skip
+    (3 * out.loss).backward()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
+    for got, want, dtype in (
+        (hidden.grad, expected_hidden, torch.bfloat16),
+        (weight.grad, expected_weight, torch.float32),
+    ):
+        assert got.dtype == dtype
+        assert (got - want).abs().max() <= 2**-6 * want.abs().max()
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_frozen_input_has_no_gradient(frozen: str) -> None:
     case, hidden, weight, token_weights = make()

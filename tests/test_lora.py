@@ -1,4 +1,4 @@
-"""LoRA: adapters alone learn, are saved and are restored, as NeMo's own .nemo of adapters."""
+"""LoRA: only the adapters learn. They are saved and restored as NeMo's own .nemo of adapters."""
 
 import tarfile
 from importlib.metadata import version
@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import run_example, scalars, train_arguments
 
-# Its layers import Transformer Engine, and so do NeMo's adapters.
+# The layers of Megatron Core 0.12 import Transformer Engine, and so do NeMo's adapters.
 pytestmark = pytest.mark.skipif(
     version("megatron-core") < "0.13" and find_spec("transformer_engine") is None,
     reason="with Megatron Core 0.12 LoRA needs Transformer Engine",
@@ -36,13 +36,13 @@ def test_adapters_learn_and_are_restored(
     with tarfile.open(adapters) as nemo:
         nemo.extract("./model_weights.ckpt", tmp_path, filter="data")
     weights = torch.load(tmp_path / "model_weights.ckpt")
-    layers, matrices = 2, 4 * 2  # of the layer's four linear layers two each
+    layers, matrices = 2, 4 * 2  # two for each of a layer's four linear layers
     assert len(weights) == layers * matrices
     assert all(".adapter_layer.lora_" in name for name in weights)
     for name, weight in weights.items():
         assert weight.any(), f"{name} starts at 0 and has learned"
 
-    # On the .nemo that the run started from: so the run did not change its weights.
+    # The adapters fit the .nemo that the run started from, so the run did not change its weights.
     run = train_arguments(nemos["tied"], cache, cache, tmp_path / "again", *LORA)
     run_example(
         "train_kd_sft.py", *run, f"model.peft.restore_from_path={adapters}", "trainer.max_steps=0"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_distributed
 from loss_cases import EDGES, GRID, MODES, Case, V, random_case
-from test_loss import assert_matches_reference
+from loss_checks import assert_matches, expected_of
 
 import nemo_kd.loss.fused
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
@@ -100,7 +100,7 @@ def test_matches_reference(ranks: list[Any], edge: str, mode: str, gather: str) 
     results = [cases[edge, mode, gather] for cases, _, _ in ranks]
     gradient = torch.cat([gradient for _, gradient in results], dim=-1)
     for out, _ in results:
-        assert_matches_reference(EDGES[edge](), MODES[mode], out, gradient)
+        assert_matches(expected_of(edge, mode), out, gradient)
 
 
 @pytest.mark.parametrize("edge", EDGES)

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import MODES, Case, random_case
-from test_loss import run
+from loss_checks import run
 
 MODE = st.sampled_from(sorted(MODES))
 IS_DIVERGENCE = st.sampled_from([name for name in sorted(MODES) if "drop" not in name])
-# Derandomised: a run of the same commit draws the same inputs, so that CI fails for a change alone.
+# Derandomised: every run of a commit draws the same inputs, so that only a change can fail CI.
 any_input = settings(max_examples=60, deadline=None, derandomize=True)
 
 

@@ -1,4 +1,4 @@
-"""A stopped run goes on as if it had not been stopped, whatever stopped it, at any layout."""
+"""A stopped run resumes as if it had not been stopped, whatever stopped it, at any layout."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from runs import run_example, train_arguments
 
 STOPPED_RUN = str(Path(__file__).parent / "stopped_run.py")
-STEPS = 8  # of two samples: the ten of the cache are begun a second time
+STEPS = 8  # of two samples each, so that the cache's ten samples are begun a second time
 VALIDATE_EVERY = 3
 KD_CURVES = ("reduced_train_loss", "kd_loss", "sft_loss", "teacher_entropy", "top1_agreement")
 RUN_CURVES = ("lr", "global_step", "consumed_samples", "grad_norm")
@@ -21,7 +21,7 @@ def arguments(student: Path, cache: Path, logs: Path, *more: str) -> list[str]:
         f"trainer.max_steps={STEPS}",
         f"trainer.val_check_interval={VALIDATE_EVERY}",
         *(f"model.data.{name}.global_batch_size=2" for name in ("train_ds", "validation_ds")),
-        # the layouts' order of samples is the same at 1 alone
+        # Only at 1 is the order of the samples the same at every layout.
         *(f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")),
         "model.data.train_ds.num_workers=1",
         "exp_manager.create_checkpoint_callback=true",
@@ -30,7 +30,7 @@ def arguments(student: Path, cache: Path, logs: Path, *more: str) -> list[str]:
 
 
 def curves(logs: Path) -> dict[str, dict[int, float]]:
-    """Tag to step to value, over all of the run's TensorBoard files; later ones win."""
+    """Values by tag and step, from all of the run's TensorBoard files; a later file wins."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read: dict[str, dict[int, float]] = {}
@@ -52,7 +52,7 @@ def assert_same(resumed: Path, uninterrupted: Path, rtol: float) -> None:
 
 
 def checkpoints(logs: Path) -> list[str]:
-    """The steps of the checkpoints, the last ones marked."""
+    """The steps of the checkpoints that are marked as last."""
     names = sorted(path.name for path in (logs / "checkpoints").iterdir())
     return [
         name.split("step=")[1].split("-consumed_samples=")[0] for name in names if "last" in name
@@ -75,7 +75,7 @@ def uninterrupted(
 def preempted(
     tmp_path_factory: pytest.TempPathFactory, nemos: dict[str, Path], cache: Path
 ) -> Path:
-    """A run that had SIGTERM in its second step."""
+    """A run that got SIGTERM in its second step."""
     logs = tmp_path_factory.mktemp("preempted") / "run"
     output = run_example(
         STOPPED_RUN, "SIGTERM", 2, 0, *arguments(nemos["tied"], cache, logs), status=143
@@ -89,15 +89,15 @@ def preempted(
 def test_sigterm_then_sigkill(
     preempted: Path, uninterrupted: Path, nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
-    """The last of the three jobs writes the .nemo; SIGKILL takes it back to the validation's."""
+    """The last of three jobs writes the .nemo. After SIGKILL it resumes at the last validation."""
     logs = tmp_path / "run"
-    shutil.copytree(preempted, logs)  # elsewhere, as under another mount
+    shutil.copytree(preempted, logs)  # to another place, as under another mount
     run = arguments(nemos["tied"], cache, logs, f"save_to={tmp_path / 'kd.nemo'}")
     run_example(STOPPED_RUN, "SIGKILL", 5, 0, *run, succeeds=False)
     assert checkpoints(logs) == ["3"]
     torn = logs / "checkpoints" / "kd_sft--validation_loss=0.000-step=5-consumed_samples=10.0-last"
     torn.mkdir()
-    Path(f"{torn}-unfinished").touch()  # what SIGKILL amid a checkpoint leaves
+    Path(f"{torn}-unfinished").touch()  # what SIGKILL leaves during a checkpoint
     run_example("train_kd_sft.py", *run)
     assert_same(logs, uninterrupted, rtol=1e-6)
     assert checkpoints(logs) == [str(STEPS)]
@@ -107,7 +107,7 @@ def test_sigterm_then_sigkill(
 def test_at_another_layout(
     preempted: Path, uninterrupted: Path, nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
-    """Written at TP=1, gone on with at TP=2, where one rank has SIGTERM, and then at PP=2."""
+    """Stopped at TP=1, resumed at TP=2, where one rank gets SIGTERM, and then resumed at PP=2."""
     logs = tmp_path / "run"
     shutil.copytree(preempted, logs)
     run = arguments(nemos["tied"], cache, logs)
@@ -115,6 +115,7 @@ def test_at_another_layout(
         *(STOPPED_RUN, "SIGTERM", 6, 1),
         *(*run, "model.tensor_model_parallel_size=2"),
         processes=2,
+        cold=True,
         succeeds=False,
     )
     assert "stopped by SIGTERM after step 6" in output
@@ -124,7 +125,7 @@ def test_at_another_layout(
 
 
 def test_a_time_limit_is_not_an_end(nemos: dict[str, Path], cache: Path, tmp_path: Path) -> None:
-    """Status 143 and no .nemo, as long as steps are left."""
+    """As long as steps are left, the status is 143 and there is no .nemo."""
     run = arguments(nemos["tied"], cache, tmp_path / "logs", f"save_to={tmp_path / 'kd.nemo'}")
     limit = "+exp_manager.max_time_per_run=00:00:00:01"
     output = run_example("train_kd_sft.py", *run, limit, "trainer.max_steps=10000", status=143)

@@ -1,4 +1,4 @@
-"""The objective over time: each step's weights and temperature, and the loss that they make."""
+"""The objective over time: the weights and the temperature of each step, and the step's loss."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from nemo_kd.config import DistillationConfig, Schedule, read_settings
 def test_values(schedule: str, values: list[float]) -> None:
     own = Schedule(schedule, start=4.0, end=1.0, steps=4)
     np.testing.assert_allclose([own.at(step) for step in range(6)], values, rtol=1e-6)
-    # exact where it matters: a weight that ends in 0 turns its term off
+    # Exact where it matters: a weight that ends at 0 turns its term off.
     assert own.at(0) == 4.0
     assert own.at(4) == own.at(10**9) == 1.0
 
@@ -71,7 +71,7 @@ def test_each_steps_objective_is_numbers() -> None:
             r"got 0 for both.*at step 0",
         ),
         (
-            # between the two of them, and at neither end
+            # Both weights are 0 at step 5, between the ends of their schedules.
             {
                 "kd_loss_weight": schedule("constant", 1, 0, 5),
                 "sft_loss_weight": schedule("constant", 0, 1, 7),
@@ -102,9 +102,9 @@ def test_weights_may_pass_through_0_one_after_the_other() -> None:
 def test_a_run_follows_its_schedules(
     nemos: dict[str, Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step sees all ten samples and lr=0 keeps the student: the objective alone moves.
+    """Each step sees all ten samples and lr=0 keeps the student: only the objective changes.
 
-    (NeMo's order is epoch by epoch but for a remainder that its seed puts at the end here.)
+    NeMo's order is epoch by epoch, except for a remainder, which its seed puts at the end here.
     """
     monkeypatch.setenv("WANDB_MODE", "offline")
     output = run_example(
@@ -145,12 +145,12 @@ def test_a_run_follows_its_schedules(
         np.testing.assert_allclose(
             curves["teacher_entropy"][step], np.mean(entropies), rtol=1e-4, err_msg=str(step)
         )
-    # the next step's objective, at temperature 1, on the same samples and student
+    # The next step's objective, at temperature 1, on the same samples and the same student.
     np.testing.assert_allclose(
         curves["validation_kd_loss_dataloader0"][-1], curves["kd_loss"][-1], rtol=1e-4
     )
 
-    # what the run says of itself
+    # What the run says of itself at its end.
     num_tokens = sum(len(sample.tokens) for sample in samples)
     num_supervised = sum(int(sample.loss_mask.sum()) for sample in samples)
     assert "trained 5 steps, to step 5" in output

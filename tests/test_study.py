@@ -1,4 +1,4 @@
-"""The study's own arithmetic, and that docs/study.md holds what its runs gave."""
+"""The study's own arithmetic, and that docs/study.md shows the results of its runs."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def study_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_cache(path: Path, num_samples: int, k: int) -> TopKCache:
-    """A raw cache of random rows, and in no order within a row."""
+    """A raw cache of random rows whose entries are in no order."""
     rng = np.random.default_rng(1)
     manifest = Manifest(
         selection={"kind": "top_k", "k": k, "temperature": 1.0},
@@ -121,7 +121,7 @@ def test_a_cut_to_more_than_there_is_ends_with_a_message(tmp_path, monkeypatch, 
 
 
 def test_measures_against_plain_formulas():
-    """A model whose logits are a table of the last token: every measure by hand."""
+    """A model whose logits depend on the last token only, so that each measure is known."""
     import measure
 
     generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""Training through NeMo: the numbers are those of the formula, of NeMo's SFT, and of any layout."""
+"""Training through NeMo agrees with the formula and with NeMo's SFT, at every layout."""
 
 import re
 import tarfile
@@ -27,8 +27,8 @@ VALIDATED = (
 )
 
 
-# At larger micro batches NeMo's sampler groups other samples at DP=2. A global batch of four
-# samples is four micro batches, two at DP=2: gradients accumulate.
+# At larger micro batches NeMo's sampler would group other samples at DP=2. A global batch of four
+# samples is four micro batches, or two at DP=2, so that gradients accumulate.
 TEN_STEPS = (
     "trainer.max_steps=10",
     "trainer.val_check_interval=5",
@@ -90,7 +90,8 @@ def test_another_layout_has_the_same_curves(
 ) -> None:
     logs = tmp_path / "logs"
     arguments = train_arguments(nemos["tied"], cache, cache, logs, *TEN_STEPS, *layout)
-    output = run_example("train_kd_sft.py", *arguments, processes=processes)
+    # One layout starts through torchrun itself.
+    output = run_example("train_kd_sft.py", *arguments, processes=processes, cold=layout == [TP2])
     curves = trained.curves
     sharded = scalars(logs)
     assert sharded.keys() == curves.keys()
@@ -100,7 +101,7 @@ def test_another_layout_has_the_same_curves(
 
 
 def counted(output: str) -> str:
-    """What the closing summary says was trained on; one rank says it for all."""
+    """What the closing summary says that the run trained on. Only one rank prints it."""
     (line,) = re.findall(r"^  (40 samples, [\d,]+ tokens, .*supervised)$", output, re.MULTILINE)
     return line
 
@@ -108,7 +109,7 @@ def counted(output: str) -> str:
 def test_validation_is_the_formula_on_hugging_faces_logits(
     hf_llamas: dict[str, Path], nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
-    """max_steps=0 validates; validation_drop_last=false weighs tokens alike."""
+    """max_steps=0 only validates; validation_drop_last=false gives every token the same weight."""
     from transformers import AutoModelForCausalLM
 
     run_example(
@@ -117,7 +118,7 @@ def test_validation_is_the_formula_on_hugging_faces_logits(
         "trainer.max_steps=0",
         "model.data.validation_drop_last=false",
         "model.knowledge_distillation.tail=renormalize",
-        # divides the ten samples: NeMo fills the last batch up with the last sample
+        # 2 divides the ten samples; otherwise NeMo fills the last batch up with the last sample.
         "model.data.validation_ds.global_batch_size=2",
     )
     logged = scalars(tmp_path / "logs")
@@ -129,7 +130,7 @@ def test_validation_is_the_formula_on_hugging_faces_logits(
         predicted = sample.loss_mask.nonzero()[0]
         with torch.no_grad():
             logits = student(tokens[None]).logits[0, predicted - 1].double()
-        # NeMo's vocabulary is padded to 512, with weights of 0 and so logits of 0
+        # NeMo pads the vocabulary to 512 with weights of 0, which give logits of 0.
         logits = torch.cat([logits, torch.zeros(len(logits), 512 - 401)], dim=-1)
         ids = torch.from_numpy(sample.topk_ids).long()
         teacher = torch.from_numpy(sample.topk_log_probs).double().log_softmax(-1)
@@ -188,7 +189,7 @@ def test_without_kd_it_is_nemos_sft(
     from runs import PROMPT
 
     run_distributed(plain_nemo_sft, 1, nemos["tied"], jsonl, tmp_path / "nemo", PROMPT, timeout=200)
-    # validation on the jsonl itself: SFT metrics alone
+    # Validation is on the jsonl itself, which has only SFT metrics.
     arguments = train_arguments(nemos["tied"], cache, jsonl, tmp_path / "own")
     run_example(
         "train_kd_sft.py",
@@ -224,7 +225,7 @@ def test_the_saved_student_is_a_plain_nemo(
     assert saved.transformer_engine, "on a GPU it is NeMo's usual model again"
     assert "use_cpu_initialization" not in saved
     tokens = torch.randint(401, (2, 16), generator=torch.Generator().manual_seed(0))
-    # restored as MegatronGPTSFTModel, at a layout of its own
+    # Restored as MegatronGPTSFTModel, at another layout.
     shards = run_distributed(local_logits, 2, [nemo, nemos["tied"]], tokens)
     kd, before = (torch.cat([rank[index] for rank in shards], -1) for index in (0, 1))
     assert kd.isfinite().all()

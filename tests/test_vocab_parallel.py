@@ -56,6 +56,7 @@ def on_every_rank(rank: int, world_size: int) -> dict[str, Any]:
         "max": all_reduce_max(torch.tensor([float(rank), -float(rank)]), group),
         "sum": all_reduce_sum(torch.tensor([float(rank), 1.0]), group),
         "gather": all_gather(torch.tensor([rank]), group),
+        "gather_strided": all_gather(torch.tensor([[rank, 0], [-rank, 0]])[:, 0], group),
         "log_sum_exp": global_log_sum_exp(local, group),
         "topk": {
             (name, k): global_topk(make()[:, start:end], k, group)
@@ -77,6 +78,7 @@ def test_reductions(ranks: list[dict[str, Any]]) -> None:
         assert result["max"].tolist() == [size - 1, 0]
         assert result["sum"].tolist() == [size * (size - 1) / 2, size]
         assert torch.cat(result["gather"]).tolist() == list(range(size))
+        assert torch.stack(result["gather_strided"]).tolist() == [[r, -r] for r in range(size)]
         first = torch.arange(1.0, size + 1).logsumexp(0)
         expected = torch.stack([first, torch.tensor(-torch.inf), torch.tensor(5000.0)])
         torch.testing.assert_close(result["log_sum_exp"], expected, rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""A data loader's workers outlive SIGTERM, and never the process that they are of."""
+"""A data loader's workers survive SIGTERM, but never outlive the process that started them."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def main():
     next(items)
     os.kill(items._workers[0].pid, signal.SIGTERM)
     assert [int(item) for item in items] == list(range(1, 8))
-    sys.kept = items  # as a trainer keeps them that fails in its validation
+    sys.kept = items  # as a trainer does when its validation fails
     raise RuntimeError("out of memory")
 
 if __name__ == "__main__":
