@@ -28,10 +28,12 @@ def run_distributed(
         ]
         codes = warm.wait(processes, timeout)
         for rank, code in enumerate(codes):
-            if code:
-                error = Path(directory, f"{rank}.error")
-                reason = error.read_text() if error.exists() else f"ended with exit code {code}"
-                raise RuntimeError(f"rank {rank} of {world_size}: {reason}")
+            if code and not Path(directory, f"{rank}.error").exists():
+                raise RuntimeError(f"rank {rank} of {world_size}: ended with exit code {code}")
+        # The oldest, because the other ranks fail when the first one is gone.
+        errors = sorted(Path(directory).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+        if errors:
+            raise RuntimeError(f"rank {errors[0].stem} of {world_size}: {errors[0].read_text()}")
         if None in codes:
             running = [rank for rank, code in enumerate(codes) if code is None]
             raise TimeoutError(f"ranks {running} of {world_size} did not end in time")
