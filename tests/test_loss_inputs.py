@@ -1,4 +1,4 @@
-"""Inputs that a caller passes by mistake or by a layout of memory, and what the loss makes of them."""
+"""Inputs that a caller passes by mistake, or with strides of their own."""
 
 from dataclasses import replace
 
@@ -18,9 +18,9 @@ GATHERS = ["topk", "full"]
 def test_half_precision_logits_without_a_flat_view(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, inplace: bool
 ) -> None:
-    """Chunks of 4, then 1 tokens for each of 3 sequences: the second one is not the smallest."""
+    """Each of the 3 sequences is walked in a chunk of 4 tokens and a chunk of 1."""
     monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", 4 * V * 4)
-    case, config = random_case(shape=(5, 3)), MODES["forward_kl-label-T2"]
+    case, config = random_case(shape=(3, 5)), MODES["forward_kl-label-T2"]
     memory = case.logits.transpose(0, 1).contiguous().to(dtype)
     gradients = []
     for logits in (memory.transpose(0, 1), memory.transpose(0, 1).contiguous()):

@@ -56,6 +56,16 @@ def test_the_reading_path_is_short() -> None:
     assert num_lines < 3000
 
 
+def test_functions_and_files_are_short() -> None:
+    for path in (ROOT / "nemo_kd").rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
 @pytest.mark.parametrize(
     "name", ["dump_teacher_topk", "train_kd_sft", "import_hf_llama", "export_hf_llama"]
 )

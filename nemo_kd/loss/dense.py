@@ -57,8 +57,7 @@ def _restricted(
     largest = largest.where(largest > -torch.inf, top)
     outside = log_outside + (top - largest) / config.temperature
     classes = torch.cat([(entries - largest) / config.temperature, outside], dim=-1)
-    lowest = torch.finfo(classes.dtype).min  # autograd would make NaN of a row of -inf only
-    return classes.masked_fill(absent, lowest).log_softmax(-1)
+    return classes.masked_fill(absent, -torch.inf).log_softmax(-1)
 
 
 def _divergence(log_s: Tensor, targets: Targets, config: KDLossConfig) -> Tensor:
@@ -74,8 +73,7 @@ def _divergence(log_s: Tensor, targets: Targets, config: KDLossConfig) -> Tensor
         # Of the classes that are present none has t = 0: make_targets removes these.
         return (s * (log_s - log_t.masked_fill(absent, 0))).sum(-1)
     beta = config.jsd_beta
-    lowest = torch.finfo(log_s.dtype).min  # autograd would make NaN of -inf
-    log_m = torch.logaddexp(log_t.clamp(min=lowest) + math.log(beta), log_s + math.log1p(-beta))
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
     return (beta * t * (log_t_or_0 - log_m) + (1 - beta) * s * (log_s - log_m)).sum(-1)
 
 
@@ -105,4 +103,5 @@ class _GatherVocab(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         start, end = ctx.range
+        # A copy, so that the memory of the whole vocabulary's gradient can be freed.
         return grad_output[..., start:end].contiguous(), None

@@ -48,8 +48,8 @@ class Scratch:
         return work, self.get("work_t", chunk) if self.needs_work_t else work
 
     def get(self, name: str, chunk: Tensor) -> Tensor:
-        """The memory of this name for a chunk; grows, as chunks without a flat view may differ."""
-        if name not in self._tensors or len(self._tensors[name]) < len(chunk):
+        """The memory of this name for a chunk; the first chunk that asks for it is the largest."""
+        if name not in self._tensors:
             self._tensors[name] = chunk.new_empty(chunk.shape, dtype=self.dtype)
         return self._tensors[name][: len(chunk)]
 
