@@ -1,6 +1,7 @@
 """A .nemo of the Llama family becomes a Hugging Face checkpoint: hf_import's inverse."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,22 @@ def export_hf_llama(config: DictConfig) -> None:
     with torch.device("meta"):  # the names and shapes, without memory for the weights
         model = AutoModelForCausalLM.from_config(model_config)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as directory:
-        state = convert(load_weights(config.source, directory), model, config.dtype)
+    saving = output.with_name(f".{output.name}.saving")
+    shutil.rmtree(saving, ignore_errors=True)  # a killed export may have left it
+    saving.mkdir(parents=True)
+    try:
+        # The unpacked .nemo goes before the converted model needs the same space again.
+        with tempfile.TemporaryDirectory(dir=saving) as unpacked:
+            weights = load_weights(config.source, unpacked)
+        state = convert(weights, model, config.dtype)
         num_parameters = sum(tensor.numel() for tensor in state.values())
         model.to(next(iter(state.values())).dtype)
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        saved = Path(directory, output.name)
-        model.save_pretrained(saved, state_dict=state)
-        tokenizer.save_pretrained(saved)
-        os.replace(saved, output)  # last, so that what stands there is whole
+        model.save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        os.replace(saving, output)  # last, so that what stands there is whole
+    finally:
+        shutil.rmtree(saving, ignore_errors=True)
     print(
         f"{config.output}: {model_config.model_type}, {model_config.num_hidden_layers} layers, "
         f"{num_parameters / 1e6:.1f}M parameters, {model.dtype}"
