@@ -203,9 +203,13 @@ def _import(arguments: argparse.Namespace) -> int:
 
     # The files are read twice, so that every line is checked before anything is written, and no
     # more than a shard is held in memory.
-    lengths = [len(sample.tokens) for sample in samples(" samples checked")]
-    if not lengths:
-        raise ValueError(f"{arguments.files[0]}: expected a sample a line, found none")
+    lengths, num_unsupervised = [], 0
+    for sample in samples(" samples checked"):
+        lengths.append(len(sample.tokens))
+        num_unsupervised += not sample.loss_mask.any()
+    if num_unsupervised == len(lengths):
+        found = inspection.unsupervised(num_unsupervised, len(lengths)) if lengths else "none"
+        raise ValueError(f"{arguments.files[0]}: expected samples to learn from, found {found}")
     manifest = Manifest(
         selection={"kind": "top_k", "k": arguments.k, "temperature": arguments.temperature},
         vocab_size=tokenizer.vocab_size,
@@ -227,5 +231,6 @@ def _import(arguments: argparse.Namespace) -> int:
             with writer.shard(index) as shard:
                 for sample in shard_samples:
                     shard.add(**sample._asdict())
-    print(f"{writer.path}: {len(lengths)} samples in {manifest.num_shards} shards")
+    found = inspection.unsupervised(num_unsupervised, len(lengths))
+    print(f"{writer.path}: {len(lengths)} samples in {manifest.num_shards} shards; {found}")
     return 0

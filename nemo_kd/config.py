@@ -25,6 +25,7 @@ class DataConfig:
     micro_batch_size: int = 4
     max_seq_length: int = 4096
     min_seq_length: int = 1
+    max_unsupervised_share: float = 0.1
     prompt_template: str = "{input} {output}"
     label_key: str = "output"
     truncation_field: str = "input"
@@ -47,6 +48,10 @@ class DataConfig:
         for name in ("micro_batch_size", "max_seq_length", "min_seq_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if not 0 <= self.max_unsupervised_share <= 1:
+            raise ValueError(
+                f"expected max_unsupervised_share from 0 to 1, got {self.max_unsupervised_share}"
+            )
         if self.truncation_method not in ("left", "right"):
             raise ValueError(
                 f"expected truncation_method left or right, got {self.truncation_method!r}"

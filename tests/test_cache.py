@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_kd.cache import CacheWriter, Manifest, Sample, SourceFile, TopKCache
-from nemo_kd.cache.manifest import fingerprint_file, read_record, record_bytes
+from nemo_kd.cache.manifest import (
+    ShardRecord,
+    fingerprint_file,
+    read_record,
+    record_bytes,
+)
 
 PAIRS = (
     "tokens",
@@ -441,7 +446,7 @@ def test_bad_manifest(change, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m | {"format_version": 3}, "format version 3; this release reads 1"),
+        (lambda m: m | {"format_version": 3}, r"format version 3; this release reads 1 and 2"),
         (lambda m: m | {"extra": 1}, "unknown key extra"),
         (lambda m: {k: v for k, v in m.items() if k != "codec"}, "missing key codec"),
         (lambda m: m | {"sources": [{"name": "a"}]}, r"missing key sources\.0\.size_bytes, "),
@@ -504,7 +509,7 @@ def test_a_manifest_of_an_earlier_release(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(EARLIER)
     manifest = read_record(Manifest, path)
-    assert manifest == make_manifest()
+    assert manifest == make_manifest(format_version=1)
     assert record_bytes(manifest).decode() == EARLIER
     assert manifest.fingerprint == json.loads(EARLIER)["xxh3_128"]
     assert make_manifest(codec="packed").value_type == "12 and 5 bits"
@@ -560,7 +565,7 @@ def test_few_open_files(tmp_path):
     cache = TopKCache.open(tmp_path)
     num_before = len(os.listdir("/proc/self/fd"))
     list(cache)
-    assert len(os.listdir("/proc/self/fd")) - num_before <= 16 * 2 * len(PAIRS)
+    assert len(os.listdir("/proc/self/fd")) - num_before <= 16 * (2 * len(PAIRS) + 1)
 
 
 def test_not_a_cache(tmp_path):
@@ -636,21 +641,54 @@ def test_every_flipped_bit_is_named(cache_path, data):
     (cache_path / name).write_bytes(damaged)
     try:
         assert [name in fault for fault in faults(cache_path)] == [True]
-        # A value in a .bin is for verify alone to judge. The numbers of the documents, at the end
-        # of an .idx, are read by Megatron only.
+        # The numbers of the documents, at the end of an .idx, are read by Megatron only.
         num_samples = 1 if "00002" in name else 2
-        if name.endswith(".json") or (name.endswith(".idx") and position < 34 + 12 * num_samples):
-            with pytest.raises(ValueError, match=name.split("/")[0]):
+        if not (name.endswith(".idx") and position >= 34 + 12 * num_samples):
+            with pytest.raises(ValueError, match=name.split("/")[0]) as error:
                 list(TopKCache.open(cache_path))
+            assert Path(name).name in str(error.value)
     finally:
         (cache_path / name).write_bytes(files[name])
 
 
-def test_pairs_that_contradict_each_other_are_refused(cache_path):
+def as_version_1(path: Path) -> None:
+    """Turn a cache into what the release before the checksums wrote of the same samples."""
+    manifest = dataclasses.replace(read_record(Manifest, path / "manifest.json"), format_version=1)
+    (path / "manifest.json").write_bytes(record_bytes(manifest))
+    for record_path in path.glob("*/shard.json"):
+        (record_path.parent / "checksums.xxh3").unlink()
+        record = read_record(ShardRecord, record_path)
+        files = tuple(file for file in record.files if file.name != "checksums.xxh3")
+        record = dataclasses.replace(
+            record, files=files, format_version=1, manifest_fingerprint=manifest.fingerprint
+        )
+        record_path.write_bytes(record_bytes(record))
+
+
+def test_version_1_is_still_read_and_never_written(cache_path):
+    samples = list(TopKCache.open(cache_path))
+    as_version_1(cache_path)
+    assert faults(cache_path) == []
+    for actual, expected in zip(TopKCache.open(cache_path), samples, strict=True):
+        for one, other in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"other settings .*: format_version: 1 against 2"):
+        CacheWriter.open(cache_path, make_manifest())
+
+
+def test_pairs_of_version_1_that_contradict_each_other_are_refused(cache_path):
+    as_version_1(cache_path)
     path = cache_path / "shard-00000" / "loss_mask.bin"
     path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(ValueError, match=r"shard-00000: sample 0: .*; run nemo-kd verify"):
         TopKCache.open(cache_path)[0]
+
+
+def test_a_shard_of_another_version_is_refused(cache_path, tmp_path):
+    as_version_1(shutil.copytree(cache_path, tmp_path / "old"))
+    shutil.copy(tmp_path / "old/shard-00000/shard.json", cache_path / "shard-00000")
+    with pytest.raises(ValueError, match=r"shard\.json: format_version: expected 2 by .* got 1"):
+        TopKCache.open(cache_path)
 
 
 def test_the_snippet_of_the_format_page_runs(cache_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,50 @@ def test_data_parallel_teachers_write_the_same_bytes(
     arguments = dump_arguments(nemos["untied"], jsonl, other)
     run_example("dump_teacher_topk.py", *arguments, processes=2, cold=True)
     assert files_of(other) == files_of(cache)
+
+
+def test_a_smaller_micro_batch_resumes_the_cache(
+    cache: Path, nemos: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    """After an out-of-memory error, the shards that are there stay."""
+    begun = tmp_path / "cache"
+    shutil.copytree(cache, begun)
+    shutil.rmtree(begun / "shard-00001")
+    arguments = dump_arguments(nemos["untied"], jsonl, begun, "data.micro_batch_size=1")
+    run_example("dump_teacher_topk.py", *arguments)
+    assert (begun / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+    for one, two in zip(TopKCache.open(cache), TopKCache.open(begun), strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        # Sums in another order round a float16 to its neighbour at most.
+        np.testing.assert_allclose(one.topk_log_probs, two.topk_log_probs, rtol=2e-3, atol=1e-3)
+        assert (one.topk_ids == two.topk_ids).mean() > 0.99
+
+
+def test_samples_without_supervised_tokens_are_counted_and_limited(
+    nemos: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = [{"input": "colour " * (100 if i < 3 else 1), "output": "blue"} for i in range(10)]
+    jsonl = tmp_path / "train.jsonl"
+    jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # Where a prompt fills the sequence, the whole answer is truncated.
+    arguments = dump_arguments(
+        nemos["untied"],
+        jsonl,
+        tmp_path / "cache",
+        "data.truncation_field=output",
+        "data.add_eos=false",
+    )
+    output = run_example("dump_teacher_topk.py", *arguments, succeeds=False)
+    assert "3 of 10 samples have no supervised token, expected at most a share of 0.1" in output
+    assert not (tmp_path / "cache").exists()
+    output = run_example("dump_teacher_topk.py", *arguments, "data.max_unsupervised_share=0.3")
+    assert "the cache is whole; 3 of 10 samples have no supervised token" in output
+    assert TopKCache.open(tmp_path / "cache").num_unsupervised_samples() == 3
+    jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    arguments = [*arguments, "data.max_unsupervised_share=1", f"cache.path={tmp_path / 'none'}"]
+    output = run_example("dump_teacher_topk.py", *arguments, succeeds=False)
+    assert "3 of 3 samples have no supervised token" in output
+    assert "max_unsupervised_share" not in output.split("have no supervised token")[-1]
 
 
 def start_dump(arguments: list[str]) -> subprocess.Popen[str]:

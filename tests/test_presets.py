@@ -375,7 +375,7 @@ def tables() -> dict[str, str]:
     caches = []
     for vocab_size in sorted({shape.vocab_size for shape in MODELS.values()}):
         row = packed_row_bytes(vocab_size)
-        sample = 500 * row + 750 * 5 + 80
+        sample = 500 * row + 750 * 5 + 88
         caches.append(
             (f"{vocab_size:,}", f"{row:.0f}", f"{sample / 500:.0f}", f"{2e-3 * sample:.0f}")
         )

@@ -236,36 +236,109 @@ def test_the_saved_student_is_a_plain_nemo(
     np.testing.assert_allclose(again["val_loss"][-1], curves["val_loss"][-1], rtol=1e-6)
 
 
+def write_half(path: Path, source: TopKCache, drop: bool) -> Path:
+    """A cache of every second sample, and of the others without their answers unless `drop`."""
+    samples: list[Any] = []
+    for index, sample in enumerate(source):
+        if index % 2 == 0:
+            samples.append(sample)
+        elif not drop:
+            samples.append(
+                sample._replace(
+                    loss_mask=np.zeros_like(sample.loss_mask),
+                    topk_ids=sample.topk_ids[:0],
+                    topk_log_probs=sample.topk_log_probs[:0],
+                    tail_log_probs=sample.tail_log_probs[:0],
+                )
+            )
+    manifest = replace(
+        source.manifest, teacher_fingerprint=f"half, {drop}", num_samples=len(samples)
+    )
+    writer = CacheWriter.open(path, manifest)
+    for shard in writer.missing_shards():
+        with writer.shard(shard) as sink:
+            for index in manifest.shard_samples(shard):
+                sink.add(**samples[index]._asdict())
+    return path
+
+
+ONE_A_BATCH = [f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")]
+
+
 def test_samples_without_supervised_tokens_cost_nothing(
     nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
     """NeMo's own loss is 0/0 for a micro batch of them."""
-    source = TopKCache.open(cache)
-    manifest = replace(source.manifest, teacher_fingerprint="without half of the answers")
-    writer = CacheWriter.open(tmp_path / "cache", manifest)
-    for shard in writer.missing_shards():
-        with writer.shard(shard) as sink:
-            for index in manifest.shard_samples(shard):
-                sample: Any = source[index]
-                if index % 2:
-                    sample = sample._replace(
-                        loss_mask=np.zeros_like(sample.loss_mask),
-                        topk_ids=sample.topk_ids[:0],
-                        topk_log_probs=sample.topk_log_probs[:0],
-                        tail_log_probs=sample.tail_log_probs[:0],
-                    )
-                sink.add(**sample._asdict())
-    half = tmp_path / "cache"
+    half = write_half(tmp_path / "cache", TopKCache.open(cache), drop=False)
     run_example(
         "train_kd_sft.py",
         *train_arguments(nemos["tied"], half, half, tmp_path / "logs"),
-        *(f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")),
+        *ONE_A_BATCH,
         "model.data.validation_drop_last=false",
     )
     curves = scalars(tmp_path / "logs")
     for name, values in curves.items():
         assert np.isfinite(values).all(), name
     assert curves["validation_loss"][1] < curves["validation_loss"][0]
+
+
+def test_micro_batches_without_supervised_tokens_weigh_nothing(
+    nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """Neither in the loss and its gradient, nor in the means, nor in what the best is chosen by."""
+    curves = []
+    for drop, processes in ((False, 2), (True, 1)):
+        path = write_half(tmp_path / f"cache-{drop}", TopKCache.open(cache), drop)
+        size = len(TopKCache.open(path))
+        assert size == (5 if drop else 10)
+        logs = tmp_path / f"logs-{drop}"
+        run_example(
+            "train_kd_sft.py",
+            *train_arguments(nemos["tied"], path, path, logs),
+            *ONE_A_BATCH,
+            *(
+                f"model.data.{name}.global_batch_size={size}"
+                for name in ("train_ds", "validation_ds")
+            ),
+            "model.data.validation_drop_last=true",
+            "trainer.max_steps=1",
+            "trainer.val_check_interval=1",
+            processes=processes,
+        )
+        curves.append(scalars(logs))
+    compared = (*VALIDATED, *(f"validation_{name}_dataloader0" for name in VALIDATED))
+    for name in ("reduced_train_loss", "grad_norm", "validation_loss", "val_loss", *compared):
+        np.testing.assert_allclose(curves[0][name], curves[1][name], rtol=1e-5, err_msg=name)
+
+
+def test_nothing_to_learn_from_is_refused(
+    nemos: dict[str, Path], cache: Path, jsonl: Path, tmp_path: Path
+) -> None:
+    """As a cache, and as a jsonl to validate on."""
+    source = TopKCache.open(cache)
+    manifest = replace(source.manifest, teacher_fingerprint="no answers", num_samples=1)
+    writer = CacheWriter.open(tmp_path / "cache", manifest)
+    sample: Any = source[0]
+    with writer.shard(0) as sink:
+        sink.add(
+            sample.tokens,
+            np.zeros_like(sample.loss_mask),
+            sample.context_length,
+            *(array[:0] for array in sample[2:5]),
+        )
+    arguments = train_arguments(nemos["tied"], writer.path, cache, tmp_path / "logs")
+    output = run_example("train_kd_sft.py", *arguments, succeeds=False)
+    assert f"{writer.path}: 1 of 1 samples have no supervised token; dump again" in output
+    arguments = train_arguments(nemos["tied"], cache, jsonl, tmp_path / "logs")
+    output = run_example(
+        "train_kd_sft.py",
+        *arguments,
+        "model.data.validation_ds.max_seq_length=4",
+        # Only the end is cut off, which is the answer.
+        "model.data.validation_ds.truncation_field=output",
+        succeeds=False,
+    )
+    assert "no sample of this validation set has a supervised token" in output
 
 
 BAD = {

@@ -40,6 +40,7 @@ def summarize(cache: TopKCache) -> dict[str, Any]:
         "num_shards": cache.num_shards,
         "num_tokens": sum(record.num_tokens for record in records),
         "num_supervised_tokens": num_supervised_tokens,
+        "num_unsupervised_samples": cache.num_unsupervised_samples(),
         "size_bytes": size_bytes,
         "bytes_per_supervised_token": _ratio(size_bytes, num_supervised_tokens),
         "row_bytes_per_supervised_token": _ratio(row_bytes, num_supervised_tokens),
@@ -69,6 +70,9 @@ def as_text(summary: dict[str, Any]) -> str:
         "samples": f"{summary['num_samples']:,} in {summary['num_shards']:,} shards",
         "tokens": f"{summary['num_tokens']:,}",
         "supervised tokens": f"{summary['num_supervised_tokens']:,}",
+        "without supervision": unsupervised(
+            summary["num_unsupervised_samples"], summary["num_samples"]
+        ),
         "bytes": f"{summary['size_bytes']:,}",
         "bytes a supervised token": f"{per_token}, of which rows {rows_per_token}",
         "selection": settings(summary["selection"]),
@@ -87,6 +91,11 @@ def as_text(summary: dict[str, Any]) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def unsupervised(number: int, num_samples: int) -> str:
+    """ "3 of 896 samples have no supervised token", as every command says it."""
+    return f"{number:,} of {num_samples:,} samples have no supervised token"
 
 
 def plot(manifest: Manifest, mass_kept: dict[str, float | None], path: str) -> None:

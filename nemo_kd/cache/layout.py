@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 Array = npt.NDArray[Any]
 
 MANIFEST_NAME = "manifest.json"
 SHARD_RECORD_NAME = "shard.json"
+# One little-endian uint64 for each sample of the shard: `checksum` of its sequences.
+CHECKSUMS_NAME = "checksums.xxh3"
 # The pairs that every cache has. The codec names the others, which hold the rows.
 SAMPLE_PAIRS: dict[str, type[np.generic]] = {
     "tokens": np.int32,
@@ -38,6 +42,19 @@ class Sample(NamedTuple):
     """float32 [P], log of the mass outside the kept entries"""
     context_length: int
     """tokens of the prompt"""
+
+
+def checksum(sequences: Mapping[str, Array]) -> int:
+    """XXH3 64-bit hash of a sample: of each pair, by name, the length as an int64 and the bytes.
+
+    Args:
+        sequences: the sample's sequence in each pair, contiguous and of the pair's element type.
+    """
+    digest = xxhash.xxh3_64()
+    for name in sorted(sequences):
+        digest.update(sequences[name].size.to_bytes(8, "little"))
+        digest.update(sequences[name].data)
+    return digest.intdigest()
 
 
 def shard_name(index: int) -> str:

@@ -9,7 +9,9 @@ from typing import Any, TypeVar, get_origin
 
 import xxhash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 has no checksums of the samples.
+READABLE_VERSIONS = (1, 2)
 _SELECTION_KINDS = ("top_k", "top_p", "sample")
 _CODECS = ("raw", "packed")
 _SEAL_KEY = "xxh3_128"
@@ -66,7 +68,7 @@ class Manifest:
         # Through JSON and back, where a tuple becomes a list: so a manifest equals its stored self.
         for name in ("selection", "dataset"):
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
-        _check_choice("format_version", self.format_version, (FORMAT_VERSION,))
+        _check_choice("format_version", self.format_version, READABLE_VERSIONS)
         _check_choice("codec", self.codec, _CODECS)
         _check_range("num_samples", self.num_samples, 2**63 - 1)
         _check_range("samples_per_shard", self.samples_per_shard, 2**31 - 1)
@@ -197,8 +199,9 @@ def read_record(cls: type[Record], path: Path) -> Record:
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, got {type(content).__name__}")
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}; this release reads {FORMAT_VERSION}")
+        if version not in READABLE_VERSIONS:
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise ValueError(f"format version {version}; this release reads {known}")
         seal = content.pop(_SEAL_KEY, None)
         value_type = content.pop("value_type", None) if cls is Manifest else None
         record: Record = _from_json(cls, content)

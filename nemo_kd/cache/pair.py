@@ -27,8 +27,11 @@ class PairWriter:
         self._dtype = dtype
         self._builder = IndexedDatasetBuilder(str(self._bin_path), dtype)
 
-    def add(self, sequence: Array) -> None:
-        self._builder.add_document(sequence, [sequence.size])
+    def add(self, sequence: Array) -> Array:
+        """Append a sequence; returns it as it is stored, contiguous and of the element type."""
+        stored = np.ascontiguousarray(sequence, self._dtype)
+        self._builder.add_document(stored, [stored.size])
+        return stored
 
     def finish(self) -> None:
         """Write the .idx and bring both files to the disk."""

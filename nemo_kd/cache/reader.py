@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from nemo_kd.cache.codec import codec_for
 from nemo_kd.cache.layout import (
+    CHECKSUMS_NAME,
     MANIFEST_NAME,
     SAMPLE_PAIRS,
     SHARD_RECORD_NAME,
     Array,
     Sample,
+    checksum,
     pair_paths,
     shard_name,
 )
@@ -28,7 +31,7 @@ from nemo_kd.cache.manifest import (
 )
 from nemo_kd.cache.pair import PairReader
 
-# A shard has at most 14 files to open, so that a process holds at most 224: far from any limit.
+# A shard has at most 15 files to open, so that a process holds at most 240: far from any limit.
 _NUM_OPEN_SHARDS = 16
 
 
@@ -44,7 +47,10 @@ class TopKCache:
         self.path = Path(path).absolute()
         self.manifest = _read_manifest(self.path)
         pairs = _pair_dtypes(self.manifest)
-        self._file_names = sorted(path.name for pair in pairs for path in pair_paths(Path(), pair))
+        names = [path.name for pair in pairs for path in pair_paths(Path(), pair)]
+        if self.manifest.format_version > 1:
+            names.append(CHECKSUMS_NAME)
+        self._file_names = sorted(names)
         self._shard: Callable[[int], _Shard] = lru_cache(_NUM_OPEN_SHARDS)(
             partial(_Shard, self.path, self.manifest)
         )
@@ -87,7 +93,7 @@ class TopKCache:
 
         Raises:
             IndexError: there is no such sample.
-            ValueError: the shard's files contradict each other.
+            ValueError: the sample's bytes are not those that were written; names the file.
         """
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
@@ -101,16 +107,23 @@ class TopKCache:
         Raises:
             ValueError: a shard's .idx is not what the manifest says.
         """
-        pairs = (
-            PairReader(
-                self.path / shard_name(index),
-                "tokens",
-                SAMPLE_PAIRS["tokens"],
-                len(self.manifest.shard_samples(index)),
-            )
-            for index in range(self.num_shards)
-        )
-        return np.concatenate([pair.lengths() for pair in pairs])
+        return np.concatenate([*self._lengths("tokens")])
+
+    def num_unsupervised_samples(self) -> int:
+        """Samples without a supervised token. Reads one .idx of each shard.
+
+        Raises:
+            ValueError: a shard's .idx is not what the manifest says.
+        """
+        *_, rows = codec_for(self.manifest).pair_dtypes
+        return sum(np.count_nonzero(lengths == 0) for lengths in self._lengths(rows))
+
+    def _lengths(self, name: str) -> Iterator[Array]:
+        """The elements of each sample in one pair, shard by shard."""
+        dtype = _pair_dtypes(self.manifest)[name]
+        for index in range(self.num_shards):
+            num_samples = len(self.manifest.shard_samples(index))
+            yield PairReader(self.path / shard_name(index), name, dtype, num_samples).lengths()
 
     def __reduce__(self) -> tuple[type[TopKCache], tuple[Path]]:
         return TopKCache, (self.path,)
@@ -129,6 +142,7 @@ class TopKCache:
         record = read_record(ShardRecord, path)
         num_samples = len(self.manifest.shard_samples(index))
         for field, expected, actual in (
+            ("format_version", self.manifest.format_version, record.format_version),
             ("index", index, record.index),
             ("manifest_fingerprint", self.manifest.fingerprint, record.manifest_fingerprint),
             ("num_samples", num_samples, record.num_samples),
@@ -179,11 +193,18 @@ class _Shard:
             name: PairReader(self._directory, name, dtype, len(self._samples))
             for name, dtype in _pair_dtypes(manifest).items()
         }
+        self._checksums = (
+            FileIO(self._directory / CHECKSUMS_NAME) if manifest.format_version > 1 else None
+        )
 
     def sample(self, position: int) -> Sample:
         arrays = {name: pair[position] for name, pair in self._pairs.items()}
         tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
         try:
+            if self._checksums is not None:
+                stored = os.pread(self._checksums.fileno(), 8, 8 * position)
+                if checksum(arrays).to_bytes(8, "little") != stored:
+                    raise ValueError(f"its checksum differs: {self._changed()}")
             rows = self._codec.decode(arrays, int(loss_mask.sum()))
             if (loss_mask.size, arrays["context_length"].size) != (tokens.size, 1):
                 raise ValueError("its pairs do not belong together")
@@ -192,6 +213,12 @@ class _Shard:
                 f"{self._directory}: sample {self._samples[position]}: {error}; run nemo-kd verify"
             ) from error
         return Sample(tokens, loss_mask, *rows, int(arrays["context_length"][0]))
+
+    def _changed(self) -> str:
+        """Which files are not those that the dump wrote; reads the whole shard."""
+        record = read_record(ShardRecord, self._directory / SHARD_RECORD_NAME)
+        changed = [f.name for f in record.files if fingerprint_file(self._directory / f.name) != f]
+        return f"{', '.join(changed) or 'no file of the shard'} changed since the dump"
 
 
 def _pair_dtypes(manifest: Manifest) -> dict[str, type]:

@@ -16,11 +16,13 @@ import numpy as np
 from nemo_kd.cache.check import check_sample
 from nemo_kd.cache.codec import codec_for
 from nemo_kd.cache.layout import (
+    CHECKSUMS_NAME,
     MANIFEST_NAME,
     SAMPLE_PAIRS,
     SHARD_RECORD_NAME,
     Array,
     Sample,
+    checksum,
     shard_name,
 )
 from nemo_kd.cache.lease import Lease, is_alive, is_free, this_host
@@ -141,7 +143,8 @@ class ShardWriter:
             name: PairWriter(directory, name, dtype)
             for name, dtype in (SAMPLE_PAIRS | self._codec.pair_dtypes).items()
         }
-        self._num_samples = self._num_tokens = self._num_supervised_tokens = 0
+        self._checksums: list[int] = []
+        self._num_tokens = self._num_supervised_tokens = 0
 
     def add(
         self,
@@ -166,7 +169,7 @@ class ShardWriter:
         Raises:
             ValueError: the sample is anything else; nothing of it is written.
         """
-        number = self._samples.start + self._num_samples
+        number = self._samples.start + len(self._checksums)
         if number not in self._samples:
             raise ValueError(f"{self._holds()}, got one more")
         sample = Sample(tokens, loss_mask, topk_ids, topk_log_probs, tail_log_probs, context_length)
@@ -180,22 +183,23 @@ class ShardWriter:
             "context_length": np.array([context_length]),
             **self._codec.encode(topk_ids, topk_log_probs, tail_log_probs),
         }
-        for name, sequence in sequences.items():
-            self._pairs[name].add(sequence)
-        self._num_samples += 1
+        for name, pair in self._pairs.items():
+            sequences[name] = pair.add(sequences[name])
+        self._checksums.append(checksum(sequences))
         self._num_tokens += len(tokens)
         self._num_supervised_tokens += len(tail_log_probs)
 
     def finish(self) -> None:
         """Complete the files and flush them to the disk."""
-        if self._num_samples != len(self._samples):
-            raise ValueError(f"{self._holds()}, got {self._num_samples}")
+        if len(self._checksums) != len(self._samples):
+            raise ValueError(f"{self._holds()}, got {len(self._checksums)}")
         for pair in self._pairs.values():
             pair.finish()
+        _write(self._directory / CHECKSUMS_NAME, np.array(self._checksums, "<u8").tobytes())
         record = ShardRecord(
             index=self._index,
             manifest_fingerprint=self._manifest.fingerprint,
-            num_samples=self._num_samples,
+            num_samples=len(self._checksums),
             num_tokens=self._num_tokens,
             num_supervised_tokens=self._num_supervised_tokens,
             files=tuple(fingerprint_file(path) for path in sorted(self._directory.iterdir())),

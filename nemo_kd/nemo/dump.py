@@ -10,7 +10,8 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_kd.cache import CacheWriter, Manifest
+from nemo_kd.cache import CacheWriter, Manifest, TopKCache
+from nemo_kd.cache.inspection import unsupervised
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
@@ -21,14 +22,18 @@ from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepa
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
-from nemo_kd.teacher.run import TeacherRun, parse_shards
+from nemo_kd.teacher.run import TeacherRun, check_supervision, parse_shards, refuse_share
 
-# Settings of `data` that say where and how to read, and do not change the tokens.
+# Settings of `data` that say where and how to read, and do not change the tokens. After an
+# out-of-memory error a cache is resumed with a smaller micro batch: as with another TP or PP, its
+# rows then agree to rounding.
 _NOT_IN_MANIFEST = (
     "file_names",
     "hf_dataset",
     "index_mapping_dir",
+    "max_unsupervised_share",
     "memmap_workers",
+    "micro_batch_size",
     "min_seq_length",
     "num_workers",
 )
@@ -65,17 +70,16 @@ def dump_teacher_topk(config: DictConfig) -> None:
             f"{selection.k}; lower selection.k"
         )
     samples = build_samples(model, data, sources)
-    row_settings = ("kind", "temperature", *_SHAPES_ROWS[selection.kind])
+    _on_rank_zero(
+        lambda: check_supervision(samples, cut_sample, data.max_unsupervised_share), everyone
+    )
     manifest = Manifest(
-        selection={name: getattr(selection, name) for name in row_settings},
+        **_shaping_settings(data, selection),
         codec=cache.codec,
         vocab_size=model.tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
         teacher_fingerprint=fingerprint,
         sources=tuple(sources),
-        dataset={
-            name: value for name, value in asdict(data).items() if name not in _NOT_IN_MANIFEST
-        },
         num_samples=len(samples),
         samples_per_shard=cache.samples_per_shard,
     )
@@ -93,9 +97,30 @@ def dump_teacher_topk(config: DictConfig) -> None:
         replica.stop_if_asked_alone()
         raise
     if torch.distributed.get_rank() == 0:
-        missing = writer.missing_shards()
-        state = f"{len(missing)} of {manifest.num_shards} shards are still missing"
-        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
+        _report(writer, data)
+
+
+def _report(writer: CacheWriter, data: DataConfig) -> None:
+    """Print what the cache holds now; refuse a whole one with too few supervised tokens."""
+    num_samples = writer.manifest.num_samples
+    if missing := writer.missing_shards():
+        state = f"{len(missing)} of {writer.manifest.num_shards} shards are still missing"
+    else:
+        number = TopKCache(writer.path).num_unsupervised_samples()
+        refuse_share(number, num_samples, data.max_unsupervised_share)
+        state = f"the cache is whole; {unsupervised(number, num_samples)}"
+    print(f"{writer.path}: {state}")
+
+
+def _shaping_settings(data: DataConfig, selection: SelectionConfig) -> dict[str, dict[str, Any]]:
+    """The settings that shape the tokens and the rows, as the manifest has them."""
+    row_settings = ("kind", "temperature", *_SHAPES_ROWS[selection.kind])
+    return {
+        "selection": {name: getattr(selection, name) for name in row_settings},
+        "dataset": {
+            name: value for name, value in asdict(data).items() if name not in _NOT_IN_MANIFEST
+        },
+    }
 
 
 def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -> Any:

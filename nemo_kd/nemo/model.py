@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -74,6 +75,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._validating = False
         self._micro_batch = MicroBatch(rows={})  # the one in the forward pass
         self._terms = MeanTerms()  # of the global batch
+        self._micro_batch_share: Tensor | float = 1.0
         self._validation_terms: defaultdict[int, MeanTerms] = defaultdict(MeanTerms)
 
     # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
@@ -222,15 +224,15 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             num_tokens,
             parallel_state.get_context_parallel_group() if context_size > 1 else None,
         )
-        weight = torch.ones_like(num_tokens)
-        if self._validating and not self.validation_drop_last:
-            weight = num_valid_tokens_in_ub
-            if self.sample_weight == "constant":
-                weight = weight.clamp(max=1)
+        weight = num_valid_tokens_in_ub
+        if not self._validating or self.validation_drop_last or self.sample_weight == "constant":
+            weight = weight.clamp(max=1)
         self._terms.add(means, weight)
         if output_tensor.dim() == 0:  # the fused loss is the micro batch's already
             loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
+        if not self._validating:
+            loss = loss * self._micro_batch_share
         if context_size > 1 and loss.requires_grad and schedule_multiplies_by_context_size():
             # NeMo multiplies what is returned here by the CP size, which the mean of the gradients
             # over DP x CP takes back; the schedule multiplies it once more.
@@ -240,6 +242,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         batch, _, _ = next(dataloader_iter)  # as NeMo's fwd_bwd_step would take it
         self.consumed.add(batch)
+        self._micro_batch_share = micro_batch_share(batch["loss_mask"])
         return super().training_step_fwd_bwd_step_call(iter([batch]), forward_only)
 
     def fwd_bwd_step(
@@ -252,7 +255,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if not forward_only:
             scheduled = {name: getattr(self.kd_config, name) for name in SCHEDULED}
-            for name, value in (means_on_every_rank(self._terms) | scheduled).items():
+            means, _ = means_on_every_rank(self._terms)
+            for name, value in (means | scheduled).items():
                 shown = name in ("kd_loss", "sft_loss")
                 self.log(name, value, prog_bar=shown, rank_zero_only=True, batch_size=1)
         return loss
@@ -266,7 +270,17 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
         for index in sorted(self._validation_terms):
-            for name, value in means_on_every_rank(self._validation_terms[index]).items():
+            means, weight = means_on_every_rank(self._validation_terms[index])
+            if not weight:
+                raise ValueError(
+                    f"{data_cfg.file_names[index]}: no sample of this validation set has a "
+                    "supervised token; raise max_seq_length or set truncation_field"
+                )
+            if self.validation_drop_last:
+                # NeMo would take the mean over all micro batches, an empty one counting as 0.
+                for output in outputs[index] if isinstance(outputs[0], list) else outputs:
+                    output["loss"] = means["sft_loss"]
+            for name, value in means.items():
                 key = self._determine_log_key(data_cfg, index, name, mode)
                 self.log(key, value, rank_zero_only=True, batch_size=1)
         self._validation_terms.clear()
@@ -294,8 +308,24 @@ def slice_packed_rows(micro_batch: MicroBatch) -> None:
     }
 
 
-def means_on_every_rank(terms: MeanTerms) -> dict[str, Tensor]:
-    """The means of a step or a validation set over all replicas, in Megatron's groups."""
+def micro_batch_share(loss_mask: Tensor) -> Tensor:
+    """What a micro batch's loss is multiplied by, so that empty ones weigh nothing.
+
+    NeMo divides the sum of the micro batches' losses by their number. This is their number over
+    that of those with a supervised token, in all replicas.
+
+    Args:
+        loss_mask: [B, S] of this replica's global batch, which is cut into equal micro batches.
+    """
+    supervised = loss_mask.reshape(get_num_microbatches(), -1).any(dim=1).float()
+    counts = torch.stack([torch.ones_like(supervised), supervised]).sum(1)
+    counts = counts.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    return counts[0] / counts[1].clamp(min=1)
+
+
+def means_on_every_rank(terms: MeanTerms) -> tuple[dict[str, Tensor], Tensor]:
+    """Means of a step or a validation set over all replicas, in Megatron's groups; their weight."""
     has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
     return terms.means(
         parallel_state.get_data_parallel_group(),

@@ -1,6 +1,7 @@
 """Whether a cache is one that this student, at this objective, can be trained on."""
 
 from nemo_kd.cache import TopKCache
+from nemo_kd.cache.inspection import unsupervised
 from nemo_kd.loss import KDLossConfig
 
 
@@ -21,10 +22,17 @@ def check_fits(
 
     Raises:
         ValueError: The cache was made with another tokenizer, longer sequences or another
-            temperature, or holds sampled rows and the tail is not drop; names both sides.
+            temperature, holds sampled rows and the tail is not drop, or has no supervised token;
+            names both sides.
     """
     manifest = cache.manifest
     path = cache.path
+    # Mostly one record is read: that of a shard with nothing to learn from is rare.
+    if not any(cache.shard_record(i).num_supervised_tokens for i in range(cache.num_shards)):
+        raise ValueError(
+            f"{path}: {unsupervised(len(cache), len(cache))}; dump again with a larger "
+            "data.max_seq_length, or with data.truncation_field naming the prompt's keys"
+        )
     dumped_with = (manifest.vocab_size, manifest.tokenizer_fingerprint)
     if dumped_with != (vocab_size, tokenizer_fingerprint):
         raise ValueError(

@@ -69,8 +69,10 @@ class MeanTerms:
         device: torch.device | int,
         pipeline_group: ProcessGroup | None = None,
         last_stage_rank: int | None = None,
-    ) -> dict[str, Tensor]:
-        """The means over the replicas' micro batches, on every rank; a collective of all ranks.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The means over the replicas' micro batches, and their weight, on every rank.
+
+        A collective of all ranks. A mean of no weight is 0.
 
         Args:
             data_group: the ranks of this pipeline stage in all replicas.
@@ -88,7 +90,5 @@ class MeanTerms:
             # The other stages log too, and a checkpoint's name needs the value on every rank.
             torch.distributed.broadcast(sums, src=last_stage_rank, group=pipeline_group)
         *totals, weight = sums.unbind()
-        return {
-            name: total / weight.clamp(min=1)
-            for name, total in zip(self.names, totals, strict=True)
-        }
+        means = (total / weight.clamp(min=1) for total in totals)
+        return dict(zip(self.names, means, strict=True)), weight

@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from nemo_kd.cache import CacheWriter
+from nemo_kd.cache.inspection import unsupervised
 from nemo_kd.config import DataConfig
 from nemo_kd.process import shield_workers
 from nemo_kd.selection import TeacherRows
@@ -26,6 +27,8 @@ from nemo_kd.teacher.replica import Replica
 
 # How many micro batches are sorted by length together. Their rows wait in the CPU's memory.
 _MICRO_BATCHES_PER_WINDOW = 16
+# Some seconds of tokenising. The share of unsupervised samples is then known to 2 percent.
+_NUM_CHECKED_SAMPLES = 1024
 
 
 def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
@@ -48,6 +51,31 @@ def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
             )
         shards += range(first, last + 1)
     return shards
+
+
+def check_supervision(
+    samples: ConcatDataset[Any], cut_sample: Callable[..., Any], max_share: float
+) -> None:
+    """Tokenise some samples, before the teacher computes anything for samples that teach nothing.
+
+    Raises:
+        ValueError: More than `max_share` of them have no supervised token, or all of them.
+    """
+    indices = range(0, len(samples), -(-len(samples) // _NUM_CHECKED_SAMPLES))
+    dataset = samples.datasets[0]
+    number = sum(not cut_sample(samples[index], dataset)[1].any() for index in indices)
+    refuse_share(number, len(indices), max_share)
+
+
+def refuse_share(number: int, num_samples: int, max_share: float) -> None:
+    """Raise a ValueError if `number` of `num_samples` samples without supervision are too many."""
+    if number == num_samples or number > max_share * num_samples:
+        raise ValueError(
+            f"{unsupervised(number, num_samples)}, expected at most a share of {max_share}: their "
+            "answers are truncated or empty. Raise data.max_seq_length, or have "
+            "data.truncation_field name the prompt's keys"
+            + ("" if number == num_samples else ", or raise data.max_unsupervised_share")
+        )
 
 
 @dataclass
