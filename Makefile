@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo study test test-matrix lint format bench clean
+.PHONY: help setup demo study test test-matrix fuzz lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
@@ -15,6 +15,7 @@ help:
 	@echo "make study  KD + SFT against SFT, two hours (SMALL=1: the same in minutes, for no figures)"
 	@echo "make test   all tests"
 	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with"
+	@echo "make fuzz   random inputs of the loss against its formula in long double (CASES=20000)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks (SMALL=1: short)"
 
@@ -46,6 +47,9 @@ test: $(READY)
 test-matrix:
 	$(MAKE) test ARGS='-m "not slow"'
 	$(MAKE) test ARGS='-m "not slow"' VENV=.venv-0.12.3 MEGATRON_CORE=0.12.3
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz_loss.py --cases $(or $(CASES),20000)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -207,7 +207,8 @@ def _form_gradient(
         dense = sparse[:, -1].clone()
         sparse[:, -1] = 0
     elif config.tail != "renormalize":
-        dense = ~classes.absent.all(-1) * (config.kd_loss_weight * config.temperature)
+        dense = (~classes.absent.all(-1)).to(work.dtype)
+        dense.mul_(config.kd_loss_weight * config.temperature)
     sparse[:, -1] -= config.sft_loss_weight
     scale = (student.offset - student.log_sum).exp_().mul_(config.sft_loss_weight)
     scale_t = None
