@@ -16,7 +16,7 @@ from nemo_kd.nemo.dataset import GPTSFTKDDataset, samples_mapping
 from nemo_kd.student.rows import collate_rows
 
 # NeMo's first_fit takes time by the square of its samples, so that they are packed in windows.
-# Windows of this size fill packs to 98% and take 4 to 9 s for a million samples.
+# Windows of this size fill packs to 98% in seconds for a million samples: benchmarks/scale.py.
 _SAMPLES_PER_PACKING = 512
 
 
