@@ -1,11 +1,14 @@
-"""examples/train_kd_sft.py, which gets a signal in one of its steps.
+"""A script of examples/, which gets a signal at one moment.
 
-    python stopped_run.py SIGNAL STEP RANK arguments of the example
+    python stopped_run.py SIGNAL MOMENT RANK SCRIPT arguments of the script
 
-At the end of step STEP, SIGNAL goes to the process of rank RANK and to its children, as Slurm sends
-it.
+SIGNAL goes to the process of rank RANK and to its children, as Slurm sends it. MOMENT is the number
+of a training step, at whose end it comes, or a function as MODULE:NAME or MODULE:CLASS.NAME, whose
+first call it comes before.
 """
 
+import functools
+import importlib
 import os
 import runpy
 import signal
@@ -16,19 +19,44 @@ from runs import EXAMPLES
 
 
 def main() -> None:
-    from nemo_kd.nemo import resume
-
-    name, step, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    del sys.argv[1:4]
+    name, moment, rank, script = sys.argv[1:5]
+    del sys.argv[1:5]
     if os.getpgrp() != os.getpid():  # torchrun's processes lead a group already
         os.setpgrp()
 
-    def send(self: Any, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == step and os.environ.get("RANK", "0") == rank:
+    def send() -> None:
+        if os.environ.get("RANK", "0") == rank:
             os.killpg(0, signal.Signals[name])
 
-    resume.ExactCounts.on_train_batch_end = send  # type: ignore[method-assign]
-    runpy.run_path(str(EXAMPLES / "train_kd_sft.py"), run_name="__main__")
+    if moment.isdecimal():
+        from nemo_kd.nemo import resume
+
+        def at_end(self: Any, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == int(moment):
+                send()
+
+        resume.ExactCounts.on_train_batch_end = at_end  # type: ignore[method-assign]
+    else:
+        send_before(moment, send)
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def send_before(moment: str, send: Any) -> None:
+    module_name, path = moment.split(":")
+    owner: Any = importlib.import_module(module_name)
+    *classes, function_name = path.split(".")
+    for name in classes:
+        owner = getattr(owner, name)
+    function, sent = getattr(owner, function_name), []
+
+    @functools.wraps(function)
+    def sends(*args: Any, **kwargs: Any) -> Any:
+        if not sent:
+            sent.append(True)
+            send()
+        return function(*args, **kwargs)
+
+    setattr(owner, function_name, sends)
 
 
 if __name__ == "__main__":

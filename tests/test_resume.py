@@ -8,6 +8,7 @@ import pytest
 from runs import run_example, train_arguments
 
 STOPPED_RUN = str(Path(__file__).parent / "stopped_run.py")
+SCRIPT = "train_kd_sft.py"
 STEPS = 8  # of two samples each, so that the cache's ten samples are begun a second time
 VALIDATE_EVERY = 3
 KD_CURVES = ("reduced_train_loss", "kd_loss", "sft_loss", "teacher_entropy", "top1_agreement")
@@ -78,7 +79,7 @@ def preempted(
     """A run that got SIGTERM in its second step."""
     logs = tmp_path_factory.mktemp("preempted") / "run"
     output = run_example(
-        STOPPED_RUN, "SIGTERM", 2, 0, *arguments(nemos["tied"], cache, logs), status=143
+        STOPPED_RUN, "SIGTERM", 2, 0, SCRIPT, *arguments(nemos["tied"], cache, logs), status=143
     )
     assert "stopped by SIGTERM after step 2; the same command goes on from there" in output
     assert "Traceback" not in output
@@ -93,7 +94,7 @@ def test_sigterm_then_sigkill(
     logs = tmp_path / "run"
     shutil.copytree(preempted, logs)  # to another place, as under another mount
     run = arguments(nemos["tied"], cache, logs, f"save_to={tmp_path / 'kd.nemo'}")
-    run_example(STOPPED_RUN, "SIGKILL", 5, 0, *run, succeeds=False)
+    run_example(STOPPED_RUN, "SIGKILL", 5, 0, SCRIPT, *run, succeeds=False)
     assert checkpoints(logs) == ["3"]
     torn = logs / "checkpoints" / "kd_sft--validation_loss=0.000-step=5-consumed_samples=10.0-last"
     torn.mkdir()
@@ -112,7 +113,7 @@ def test_at_another_layout(
     shutil.copytree(preempted, logs)
     run = arguments(nemos["tied"], cache, logs)
     output = run_example(
-        *(STOPPED_RUN, "SIGTERM", 6, 1),
+        *(STOPPED_RUN, "SIGTERM", 6, 1, SCRIPT),
         *(*run, "model.tensor_model_parallel_size=2"),
         processes=2,
         cold=True,

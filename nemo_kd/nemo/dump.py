@@ -18,7 +18,12 @@ from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.layout import check_layout, check_sequence_length
 from nemo_kd.nemo.nemo_file import read_model_config
 from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
-from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
+from nemo_kd.nemo.trainer import (
+    build_trainer,
+    initialize_model_parallel,
+    on_rank_zero,
+    prepare_accelerator,
+)
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
@@ -57,10 +62,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
     # another job fills; this group of gloo's has its own.
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
     # Checked before the weights are read, so that a broken line costs seconds.
-    sources = _on_rank_zero(
-        lambda: [check_source(path, data) for path in data.file_names], everyone
-    )
-    fingerprint = _on_rank_zero(lambda: fingerprint_teacher(config), everyone)
+    sources = on_rank_zero(lambda: [check_source(path, data) for path in data.file_names], everyone)
+    fingerprint = on_rank_zero(lambda: fingerprint_teacher(config), everyone)
     model = MegatronGPTSFTModel.restore_from(
         config.teacher.restore_from_path, override_config_path=teacher, trainer=trainer
     )
@@ -70,7 +73,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
             f"{selection.k}; lower selection.k"
         )
     samples = build_samples(model, data, sources)
-    _on_rank_zero(
+    on_rank_zero(
         lambda: check_supervision(samples, cut_sample, data.max_unsupervised_share), everyone
     )
     manifest = Manifest(
@@ -85,7 +88,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
     # Rank 0 creates the cache or refuses it before any other rank looks into it.
-    writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
+    writer = on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
     replica, forward = _replica_and_forward(model, selection)
     shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
     try:
@@ -196,21 +199,3 @@ def _merge_teacher_config(
     if config.trainer.accelerator == "cpu":
         cpu_backend.prepare_model_config(model_config, "teacher")
     return model_config
-
-
-def _on_rank_zero(function: Any, group: Any) -> Any:
-    """Call `function` on global rank 0 and return its result on every rank.
-
-    Its ValueError or OSError is raised on every rank, so that no rank waits for rank 0.
-    """
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = error
-    # The other ranks wait here until rank 0 is done.
-    torch.distributed.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]

@@ -95,6 +95,36 @@ def save_nemo(model: Any, path: str) -> None:
         shutil.rmtree(directory)
 
 
+def check_target(path: Any, source: str) -> None:
+    """Try that a .nemo can be written, before a run that ends with it.
+
+    Args:
+        path: The .nemo, `save_to` of the YAML.
+        source: The model that the run starts from.
+
+    Raises:
+        ValueError: It has another suffix, is a directory or the source, or cannot be written.
+    """
+    target = Path(str(path)).absolute()
+    if target.suffix != ".nemo":
+        raise ValueError(f"save_to: expected a path that ends in .nemo, got {path!r}")
+    if target.is_dir():
+        raise ValueError(f"save_to: expected a file to write, got the directory {path}")
+    if target.exists() and os.path.exists(source) and target.samefile(source):
+        raise ValueError(f"save_to: expected another file than model.restore_from_path, {path}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            free_bytes = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise ValueError(f"save_to: cannot write {path}: {error.strerror}") from error
+    if os.path.isfile(source) and free_bytes < os.path.getsize(source):
+        raise ValueError(
+            f"save_to: expected {os.path.getsize(source) / 1e9:.1f} GB free beside {path}, which "
+            f"is the size of model.restore_from_path, found {free_bytes / 1e9:.1f} GB"
+        )
+
+
 def read_tokenizer(path: Path, key: str) -> Any:
     """Return NeMo's tokenizer of a .nemo, without its weights, or of a Hugging Face directory.
 

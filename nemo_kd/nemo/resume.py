@@ -6,6 +6,8 @@ validates, logs and ends.
 """
 
 import signal
+import time
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 import torch
@@ -18,14 +20,28 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import StatelessTimer, exp_manager
 from omegaconf import DictConfig
 
+from nemo_kd.nemo.run_directory import checkpoint_directory, prepare
+from nemo_kd.nemo.trainer import on_rank_zero
 from nemo_kd.process import exit_stopped
 
 
-def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
+def start_exp_manager(
+    trainer: Trainer,
+    config: DictConfig | None,
+    settings: dict[str, Any] | None = None,
+    allow_changes: bool = False,
+) -> None:
     """Call NeMo's exp_manager, with StopOnSigterm in the place of its own preemption callback.
 
+    Every rank calls it, once the process groups are up.
+
+    Args:
+        settings: What the run trains, see `settings_of`; None for a run that only validates.
+        allow_changes: Resume also a run with other settings.
+
     Raises:
-        ValueError: The names of the checkpoints would leave out the place in the data.
+        ValueError: The names of the checkpoints would leave out the place in the data, or the
+            run's directory has the checkpoints of a run with other settings.
     """
     if config is None:
         return
@@ -36,7 +52,17 @@ def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
             "exp_manager.checkpoint_callback_params.filename: expected {consumed_samples} in it, "
             f"from which a resumed run reads its place in the data, got {names}"
         )
+    directory = checkpoint_directory(config)
+    if directory is not None and settings is not None:
+        # The other ranks wait, so that they find the directory as rank 0 leaves it.
+        line = on_rank_zero(lambda: prepare(directory, settings, allow_changes))
+        if trainer.is_global_zero:
+            print(line)
+    elif not any(config.get(key) for key in ("resume_if_exists", "explicit_log_dir", "version")):
+        # NeMo names the directory by the time, which differs among ranks.
+        config.version = on_rank_zero(lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))
     trainer.callbacks.append(ExactCounts())
+    trainer.callbacks.append(LastCheckpoint())
     if config.get("create_preemption_callback", True):
         trainer.callbacks.append(StopOnSigterm())
     config.create_preemption_callback = False
@@ -47,11 +73,18 @@ def start_exp_manager(trainer: Trainer, config: DictConfig | None) -> None:
         checkpoint.last_model_path = trainer.ckpt_path.removesuffix(".ckpt") + ".ckpt"
 
 
-def exit_if_out_of_time(trainer: Trainer) -> None:
-    """End the process if exp_manager.max_time_per_run ended the training before its last step.
+def exit_if_stopped(trainer: Trainer) -> None:
+    """End the process if its time limit ended the training, or SIGTERM came in its last step.
 
-    Lightning returns from such a training as from a finished one.
+    Lightning returns from a training that exp_manager.max_time_per_run ended as from a finished
+    one.
     """
+    asked = any(getattr(callback, "asked", False) for callback in trainer.callbacks)
+    asked = torch.tensor(asked, dtype=torch.int32, device=torch.cuda.current_device())
+    # A maximum, because what follows has collectives, and one rank may have got the signal alone.
+    torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+    if asked:
+        _exit(trainer, "SIGTERM", "the same command does what follows the training")
     timers = [timer for timer in trainer.callbacks if isinstance(timer, StatelessTimer)]
     is_over = any(timer.time_remaining() <= 0 for timer in timers)
     # Clocks differ, so that rank 0's decides. If some ranks went on to the save without the others,
@@ -65,6 +98,13 @@ def _exit(trainer: Trainer, cause: str, advice: str) -> NoReturn:
     exit_stopped(message if trainer.is_global_zero else None)
 
 
+def _finish_writing(trainer: Trainer) -> None:
+    """Wait for a checkpoint that is written in the background."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, AsyncFinalizerCallback):
+            callback.on_train_end(trainer)
+
+
 class StopOnSigterm(Callback):
     """On SIGTERM, with which Slurm preempts, writes a checkpoint and ends the run.
 
@@ -74,25 +114,29 @@ class StopOnSigterm(Callback):
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
         self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._first_step = trainer.global_step
+        # Replaces the handlers of start-up and of Lightning, which would end each rank at another
+        # step, without a checkpoint. Lightning puts that of start-up back after the training.
+        signal.signal(signal.SIGTERM, self._ask)
         if trainer.checkpoint_callback is not None:
             # Slurm signals the children too. Megatron's checkpoint writer starts one at the first
-            # checkpoint and keeps it. Started now, the child inherits that SIGTERM is ignored.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # checkpoint and keeps it. Started now, the child inherits that SIGTERM is blocked; a
+            # signal that this process gets meanwhile waits for the end of the block. The start of
+            # multiprocessing's tracker would end the block, so that it comes before.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             _get_write_results_queue()
-        # Replaces Lightning's handler, which would end each rank at another step, without a
-        # checkpoint.
-        signal.signal(signal.SIGTERM, self._ask)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
     def _ask(self, *_: Any) -> None:
-        self._asked = True
+        self.asked = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        asked = torch.tensor(self._asked, dtype=torch.int32, device=torch.cuda.current_device())
+        asked = torch.tensor(self.asked, dtype=torch.int32, device=torch.cuda.current_device())
         # All ranks stop before the same step; otherwise the others would hang in a collective.
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         if not asked:
@@ -102,12 +146,25 @@ class StopOnSigterm(Callback):
         if checkpoint is not None and checkpoint.save_last:
             if step not in (self._first_step, checkpoint._last_global_step_saved):
                 checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
-            for callback in trainer.callbacks:
-                # Waits for a checkpoint that is written in the background.
-                if isinstance(callback, AsyncFinalizerCallback):
-                    callback.on_train_end(trainer)
+            _finish_writing(trainer)
             saved = f"the same command goes on from there: {checkpoint.dirpath}"
         _exit(trainer, "SIGTERM", saved)
+
+
+class LastCheckpoint(Callback):
+    """Writes a checkpoint after the last step, if none was.
+
+    NeMo writes one only if the last step is no multiple of val_check_interval: without a validation
+    there would be none.
+    """
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        checkpoint: Any = trainer.checkpoint_callback
+        if checkpoint is None or not checkpoint.save_last:
+            return
+        _finish_writing(trainer)
+        if checkpoint._last_global_step_saved != trainer.global_step:
+            checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
 
 class ExactCounts(Callback):

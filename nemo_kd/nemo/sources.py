@@ -123,16 +123,21 @@ def cut_sample(item: dict[str, Any], dataset: Any) -> tuple[Any, Any, int]:
 
 
 def fingerprint_teacher(config: DictConfig) -> str:
-    """Hash the checkpoint, and all settings that shape its logits.
+    """Hash the checkpoint, and all settings that shape its logits."""
+    teacher: Any = OmegaConf.to_container(config.teacher, resolve=True)
+    settings = {key: teacher[key] for key in teacher if key not in _NOT_IN_FINGERPRINT}
+    content = json.dumps([settings, str(config.trainer.precision)], sort_keys=True)
+    return fingerprint_checkpoint(config.teacher.restore_from_path, content)
+
+
+def fingerprint_checkpoint(name: str, settings: str = "") -> str:
+    """Hash a .nemo, a file or a directory, after `settings`.
 
     Of each file the size and some blocks are read, so that 700 GB take no longer than 1 GB.
     """
     block, num_blocks = 1 << 16, 64
-    path = Path(config.teacher.restore_from_path)
-    teacher: Any = OmegaConf.to_container(config.teacher, resolve=True)
-    settings = {key: teacher[key] for key in teacher if key not in _NOT_IN_FINGERPRINT}
-    content = json.dumps([settings, str(config.trainer.precision)], sort_keys=True)
-    digest = xxhash.xxh3_128(content.encode())
+    path = Path(name)
+    digest = xxhash.xxh3_128(settings.encode())
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         size = file.stat().st_size

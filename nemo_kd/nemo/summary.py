@@ -19,13 +19,16 @@ class ClosingSummary(Callback):
     """
 
     def __init__(self) -> None:
-        self._first_step = 0
+        self._first_step = self._last_step = 0
         self._start_s = self._validation_start_s = self._validation_s = 0.0
         self._lines: list[str] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._first_step = trainer.global_step
         self._start_s, self._validation_s = time.monotonic(), 0.0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self._last_step = trainer.global_step  # that of the best checkpoint, once it is loaded
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._validation_start_s = time.monotonic()
@@ -46,8 +49,11 @@ class ClosingSummary(Callback):
 
     def report(self, trainer: Any, save_to: str | None) -> str:
         """What was done, the last metrics, and where the weights lie: after the save."""
-        steps = trainer.global_step - self._first_step if self._lines else 0
-        lines = [f"trained {steps:,} steps, to step {trainer.global_step:,}", *self._lines]
+        last_step = self._last_step or trainer.global_step
+        steps = last_step - self._first_step if self._lines else 0
+        lines = [f"trained {steps:,} steps, to step {last_step:,}", *self._lines]
+        if not steps:
+            lines.append("nothing was left to train: an earlier run of this name did all the steps")
         metrics = trainer.callback_metrics
         names = {
             "training: ": [name for name in TRAINED if name in metrics],

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.layout import check_layout, check_sequence_length
-from nemo_kd.nemo.nemo_file import read_model_config, save_nemo
+from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
-from nemo_kd.process import exit_stopped
 
 
 def check_settings(config: DictConfig) -> None:
@@ -22,7 +20,20 @@ def check_settings(config: DictConfig) -> None:
     Raises:
         ValueError: There is a key that nothing reads, or a setting that has no meaning.
     """
-    refuse_unknown_keys(config, ("name", "save_to", "trainer", "exp_manager", "model"))
+    sections = ("name", "save_to", "save_checkpoint", "resume_changed", "trainer", "exp_manager")
+    refuse_unknown_keys(config, (*sections, "model"))
+    if config.save_to is not None and config.trainer.max_steps != 0:
+        check_target(config.save_to, config.model.restore_from_path)
+    if config.save_checkpoint not in ("last", "best"):
+        raise ValueError(f"expected save_checkpoint=last or best, got {config.save_checkpoint!r}")
+    writes_checkpoints = (config.exp_manager or {}).get("create_checkpoint_callback", False)
+    if config.save_checkpoint == "best" and not (writes_checkpoints and config.save_to):
+        raise ValueError(
+            "save_checkpoint=best needs save_to and exp_manager.create_checkpoint_callback=true, "
+            "because the best checkpoint is what save_to gets"
+        )
+    if config.save_to is None and not writes_checkpoints and config.trainer.max_steps != 0:
+        print("warning: save_to and checkpoints are off: this run keeps no weights")
     check_optimizer(config.model.optim)
     objective = config.model.get("knowledge_distillation", {})
     read_settings(DistillationConfig, objective, "model.knowledge_distillation")
@@ -119,23 +130,29 @@ def train_kd_sft(config: DictConfig) -> None:
     """
     student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
     check_settings(config)  # before prepare_accelerator, which replaces what a CPU cannot do
+    asked = config.copy()
     prepare_accelerator(config)
     validates = config.trainer.max_steps == 0
+    if config.save_checkpoint == "best":  # NeMo's key, which loads it after the last step
+        with open_dict(config):
+            config.exp_manager.checkpoint_callback_params.save_best_model = True
     if validates and config.exp_manager is not None:
         # The weights of model.restore_from_path are wanted, not an earlier run's checkpoint.
         config.exp_manager.resume_if_exists = False
     model_config = merge_model_config(config, student)
 
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
-    from nemo_kd.nemo.resume import exit_if_out_of_time, start_exp_manager
+    from nemo_kd.nemo.resume import exit_if_stopped, start_exp_manager
+    from nemo_kd.nemo.run_directory import settings_of
     from nemo_kd.nemo.summary import ClosingSummary
 
     with open_dict(config):
         config.model = model_config  # the trainer's plugins read keys that only the .nemo has
     trainer = build_trainer(config)
     check_batches(model_config, trainer.world_size)
-    start_exp_manager(trainer, config.exp_manager)
     initialize_model_parallel(trainer, model_config)
+    settings = None if validates else settings_of(asked)
+    start_exp_manager(trainer, config.exp_manager, settings, config.resume_changed)
     model = MegatronGPTSFTKDModel.restore_from(
         config.model.restore_from_path, override_config_path=model_config, trainer=trainer
     )
@@ -145,13 +162,10 @@ def train_kd_sft(config: DictConfig) -> None:
         add_adapters(model, config.model.peft)
     summary = ClosingSummary()
     trainer.callbacks.append(summary)
-    try:
-        (trainer.validate if validates else trainer.fit)(model)
-    except SIGTERMException:  # outside of training; Lightning's status would be 0, a success
-        exit_stopped("stopped by SIGTERM" if trainer.is_global_zero else None)
+    (trainer.validate if validates else trainer.fit)(model)
     if validates:
         return
-    exit_if_out_of_time(trainer)
+    exit_if_stopped(trainer)
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)

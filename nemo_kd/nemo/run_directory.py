@@ -1,0 +1,152 @@
+"""What a run keeps in its directory beside NeMo's checkpoints, and how a killed run leaves it.
+
+A run resumes from the newest whole checkpoint, whichever of its files a SIGKILL left half written.
+Beside the checkpoints lies settings.json, which says what the run trains: the objective, the data,
+the optimizer and the student.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.model_utils import uninject_model_parallel_rank
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.cache import TopKCache
+from nemo_kd.nemo.sources import fingerprint_checkpoint
+
+_SETTINGS_NAME = "settings.json"
+# Keys of `model.data.train_ds` that decide what a step sees.
+_SHAPES_DATA = (
+    "concat_sampling_probabilities",
+    "global_batch_size",
+    "max_seq_length",
+    "packed_sequence",
+    "seed",
+)
+# Keys of `model.knowledge_distillation` that decide how the loss is computed, not what it is.
+_SHAPES_NOTHING = ("logits_gather", "fuse_output_layer")
+_LAST = "-last"
+
+
+def checkpoint_directory(exp_manager: DictConfig) -> Path | None:
+    """Where NeMo's exp_manager puts the checkpoints; None if nothing can be resumed from there."""
+    directory = (exp_manager.get("checkpoint_callback_params") or {}).get("dirpath")
+    if directory is None:
+        parts = [exp_manager.get("exp_dir") or "nemo_experiments", exp_manager.get("name", "")]
+        directory = exp_manager.get("explicit_log_dir") or os.path.join(*parts)
+        directory = os.path.join(directory, exp_manager.get("version") or "", "checkpoints")
+    resumes = exp_manager.get("resume_if_exists", False) and "://" not in str(directory)
+    return Path(directory) if resumes else None
+
+
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """What a run trains, by the keys of its config; files stand there by their content."""
+    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    objective = model.get("knowledge_distillation", {})
+    data = model["data"]["train_ds"]
+    caches = [TopKCache(path).manifest.fingerprint for path in data["file_names"]]
+    shown = {
+        "knowledge_distillation": {k: v for k, v in objective.items() if k not in _SHAPES_NOTHING},
+        "optim": model["optim"],
+        "peft": model.get("peft", {}),
+        "data.train_ds": {"file_names": caches, **{k: data.get(k) for k in _SHAPES_DATA}},
+        "restore_from_path": fingerprint_checkpoint(model["restore_from_path"]),
+    }
+    stored: dict[str, Any] = json.loads(json.dumps(shown, sort_keys=True))
+    return stored
+
+
+def prepare(directory: Path, settings: dict[str, Any], allow_changes: bool) -> str:
+    """Clear a run's directory of what was half written, and mark the newest whole checkpoint.
+
+    NeMo resumes from the one checkpoint whose name ends in -last. Called on rank 0 only.
+
+    Returns:
+        A line that says where the run starts.
+
+    Raises:
+        ValueError: The checkpoints are those of a run with other settings.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    record = directory / _SETTINGS_NAME
+    NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)
+    name = _mark_newest(directory)
+    if name is not None and record.exists() and not allow_changes:
+        _refuse_changes(directory, json.loads(record.read_text()), settings)
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(temporary, record)
+    if name is None:
+        return f"{directory}: no whole checkpoint, the run starts at step 0"
+    return f"{directory}: the run resumes from {name}"
+
+
+def _mark_newest(directory: Path) -> str | None:
+    """Make the newest whole checkpoint the only one whose name ends in -last."""
+    paths_of = defaultdict(list)
+    for path in directory.glob("*"):
+        if path.is_dir() and not re.match("(mp|tp)_rank", path.name):
+            paths_of[path.name].append(path)
+    for path in directory.rglob("*.ckpt"):  # adapters, a file for each rank
+        name = Path(uninject_model_parallel_rank(path)).name.removesuffix(".ckpt")
+        paths_of[name].append(path)
+    if not paths_of:
+        return None
+    newest = max(paths_of, key=lambda name: (_place(name), name.endswith(_LAST)))
+    last = newest.removesuffix(_LAST) + _LAST
+    if last not in paths_of:
+        NeMoModelCheckpoint.set_checkpoint_unfinished_marker(directory / last)
+        for path in paths_of[newest]:
+            copy = path.with_name(path.name.replace(newest, last))
+            _link(path, copy) if path.is_file() else shutil.copytree(
+                path, copy, copy_function=_link
+            )
+        NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(directory / last)
+    for name in paths_of:
+        if name.endswith(_LAST) and name != last:
+            NeMoModelCheckpoint.set_checkpoint_unfinished_marker(directory / name)
+    NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)
+    return newest
+
+
+def _place(name: str) -> float:
+    """The samples that a checkpoint's name says were consumed."""
+    found = re.search(r"consumed_samples=([\d.]+\d)", name)
+    return float(found[1]) if found else -1.0
+
+
+def _link(source: Any, target: Any) -> None:
+    """A hard link, which takes no space; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _refuse_changes(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = _flat(before, "model"), _flat(now, "model")
+    changes = [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"{directory} has the checkpoints of a run with other settings: {'; '.join(changes)}. "
+            "Give this run another name, or set resume_changed=true to continue with the new ones"
+        )
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= _flat(item, f"{key}.{name}")
+    return flat
