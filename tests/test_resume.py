@@ -1,5 +1,6 @@
 """A stopped run resumes as if it had not been stopped, whatever stopped it, at any layout."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -142,3 +143,180 @@ def test_names_without_a_place_in_the_data(
     output = run_example("train_kd_sft.py", *run, f"{key}='{{step}}'", succeeds=False)
     assert f"{key}: expected {{consumed_samples}} in it" in output
     assert "Traceback" not in output
+
+
+def write_checkpoints(directory: Path, *states: str) -> None:
+    """Directories named as NeMo names checkpoints; "half" ones have NeMo's marker beside them."""
+    for state in states:
+        place, *kinds = state.split()
+        last = "-last" if "last" in kinds else ""
+        path = (
+            directory / f"kd--validation_loss=1.000-step={place}-consumed_samples={place}.0{last}"
+        )
+        path.mkdir(parents=True)
+        (path / "metadata.json").write_text(state)
+        if "half" in kinds:
+            Path(f"{path}-unfinished").touch()
+        if "gone" in kinds:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("states", "newest"),
+    [
+        ((), None),
+        (("2 half",), None),
+        (("2 last half",), None),
+        (("2 gone half",), None),
+        (("2", "2 last half"), "2"),
+        (("2", "2 last"), "2 last"),
+        (("2 last", "4"), "4"),
+        (("2 last", "4", "4 last half"), "4"),
+        (("2 last", "4 last"), "4 last"),
+        (("2 last half", "4 last"), "4 last"),
+        (("2 last", "4 half"), "2 last"),
+        (("8", "10 last"), "10 last"),
+    ],
+)
+def test_a_run_resumes_from_the_newest_whole_checkpoint(
+    tmp_path: Path, states: tuple[str, ...], newest: str | None
+) -> None:
+    """Whatever SIGKILL leaves in the directory. NeMo takes the only one that ends in -last."""
+    from nemo_kd.nemo.run_directory import prepare
+
+    write_checkpoints(tmp_path, *states)
+    line = prepare(tmp_path, {}, allow_changes=False)
+    assert not list(tmp_path.glob("*-unfinished"))
+    lasts = [path for path in tmp_path.iterdir() if path.name.endswith("-last")]
+    if newest is None:
+        assert not lasts
+        assert line.endswith("no whole checkpoint, the run starts at step 0")
+    else:
+        assert [(path / "metadata.json").read_text() for path in lasts] == [newest]
+        assert f"the run resumes from kd--validation_loss=1.000-step={newest.split()[0]}-" in line
+
+
+def test_a_checkpoint_of_adapters_is_marked_too(tmp_path: Path) -> None:
+    from nemo_kd.nemo.run_directory import prepare
+
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "kd--step=2-consumed_samples=2.0.ckpt").write_text("2")
+        (tmp_path / rank / "kd--step=2-consumed_samples=2.0-last.ckpt").write_text("half")
+    (tmp_path / "kd--step=2-consumed_samples=2.0-last-unfinished").touch()
+    prepare(tmp_path, {}, allow_changes=False)
+    lasts = sorted(tmp_path.rglob("*-last.ckpt"))
+    assert [path.read_text() for path in lasts] == ["2", "2"]
+
+
+def test_killed_in_its_first_last_checkpoint(
+    nemos: dict[str, Path], cache: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """The best one of the same step is whole. NeMo alone refuses to resume and to start."""
+    run = arguments(nemos["tied"], cache, tmp_path / "run")
+    run_example(STOPPED_RUN, "SIGKILL", 4, 0, SCRIPT, *run, succeeds=False)
+    directory = tmp_path / "run" / "checkpoints"
+    (last,) = directory.glob("*-last")
+    Path(f"{last}-unfinished").touch()
+    output = run_example(SCRIPT, *run)
+    assert "the run resumes from kd_sft--validation_loss=" in output
+    assert_same(tmp_path / "run", uninterrupted, rtol=1e-6)
+    # Nothing is left to train the next time, and this is said.
+    output = run_example(SCRIPT, *run)
+    assert "trained 0 steps, to step 8" in output
+    assert "nothing was left to train" in output
+
+
+CHANGES = {
+    "model.knowledge_distillation.tail": ("label", "bucket"),
+    "model.optim.lr": (0.001, 0.002),
+    "model.data.train_ds.seed": (1, 2),
+}
+
+
+def test_another_run_under_the_same_name_is_refused(
+    preempted: Path, nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    logs = tmp_path / "run"
+    shutil.copytree(preempted, logs)
+    run = arguments(nemos["tied"], cache, logs)
+    changed = [f"{key}={now}" for key, (_, now) in CHANGES.items()]
+    output = run_example(SCRIPT, *run, *changed, succeeds=False)
+    for key, (before, now) in CHANGES.items():
+        assert f"{key} was {before!r} and is {now!r}" in output
+    assert "Traceback" not in output
+    other = arguments(nemos["untied"], cache, logs)
+    output = run_example(SCRIPT, *other, succeeds=False)
+    assert "model.restore_from_path was " in output
+    assert checkpoints(logs) == ["2"], "nothing was touched"
+    output = run_example(SCRIPT, *run, *changed, "resume_changed=true", "trainer.max_steps=3")
+    assert "trained 1 steps, to step 3" in output
+
+
+def test_without_validation_the_last_weights_are_kept(
+    nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    run = arguments(nemos["tied"], cache, tmp_path / "logs", "trainer.max_steps=3")
+    run_example(SCRIPT, *run, "trainer.limit_val_batches=0")
+    assert checkpoints(tmp_path / "logs") == ["3"]
+
+
+def test_save_to_takes_the_best_checkpoint(
+    nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """The best is that of step 3 where the highest loss is the best."""
+    import torch
+
+    from nemo_kd.nemo.nemo_file import load_weights
+
+    run = arguments(
+        nemos["tied"],
+        cache,
+        tmp_path / "logs",
+        "exp_manager.checkpoint_callback_params.mode=max",
+        "trainer.max_steps=6",
+        f"save_to={tmp_path / 'best.nemo'}",
+        "save_checkpoint=best",
+    )
+    output = run_example(SCRIPT, *run)
+    assert "trained 6 steps, to step 6" in output
+    assert checkpoints(tmp_path / "logs") == ["6"]
+    # A run that is stopped after step 3, and whose schedule is the same.
+    again = [part.replace("logs", "again").replace("best.nemo", "third.nemo") for part in run]
+    run_example(STOPPED_RUN, "SIGTERM", 3, 0, SCRIPT, *again, status=143)
+    run_example(SCRIPT, *again, "trainer.max_steps=3", "save_checkpoint=last")
+    saved, third = (
+        load_weights(str(tmp_path / name), str(tmp_path)) for name in ("best.nemo", "third.nemo")
+    )
+    assert all(torch.equal(saved[name], third[name]) for name in third)
+
+
+BAD_TARGETS = {
+    "''": "save_to: expected a path that ends in .nemo, got ''",
+    "kd.ckpt": "save_to: expected a path that ends in .nemo, got 'kd.ckpt'",
+    "directory.nemo": "save_to: expected a file to write, got the directory directory.nemo",
+    "STUDENT": "save_to: expected another file than model.restore_from_path",
+    "file/kd.nemo": "save_to: cannot write file/kd.nemo: ",
+    "/proc/kd.nemo": "save_to: cannot write /proc/kd.nemo: ",
+}
+
+
+@pytest.mark.parametrize("target", BAD_TARGETS)
+def test_a_target_that_cannot_be_written_is_refused_at_the_start(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_kd.nemo.nemo_file import check_target
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "directory.nemo").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "student.nemo").touch()
+    path = {"STUDENT": "student.nemo", "''": ""}.get(target, target)
+    with pytest.raises(ValueError, match=re.escape(BAD_TARGETS[target])):
+        check_target(path, "student.nemo")
+    check_target("new/kd.nemo", "student.nemo")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "student.nemo").write_bytes(b"x" * 5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1))
+    with pytest.raises(ValueError, match=re.escape("expected 0.005 GB free")):
+        check_target("kd.nemo", "student.nemo")

@@ -1,4 +1,4 @@
-"""SIGTERM at any moment of a run ends it with 143 and one line, and the same command finishes it."""
+"""SIGTERM at any moment of a run ends it with 143 and one line; the same command finishes it."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ TRAINING = [
     f"{MODEL}.restore_from",
     f"{MODEL}._build_dataset",
     "nemo_kd.nemo.resume:_get_write_results_queue",
-    f"{MODEL}.training_step",
+    f"{MODEL}.fwd_bwd_step",
     f"{MODEL}.inference_epoch_end",
     f"{CHECKPOINT}._save_checkpoint",
-    "8",
+    "3",
     f"{CHECKPOINT}.on_train_end",
-    "nemo_kd.nemo.train:exit_if_stopped",
+    "nemo_kd.nemo.resume:exit_if_stopped",
     "nemo_kd.nemo.train:save_nemo",
     "nemo_kd.nemo.summary:ClosingSummary.report",
 ]
@@ -54,11 +54,12 @@ def test_sigterm_at_any_moment_of_a_training(
     moment: str, nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
     saved = tmp_path / "kd.nemo"
-    run = arguments(nemos["tied"], cache, tmp_path / "logs", f"save_to={saved}")
+    steps = ("trainer.max_steps=3", "trainer.val_check_interval=2")
+    run = arguments(nemos["tied"], cache, tmp_path / "logs", f"save_to={saved}", *steps)
     script = (STOPPED_RUN, "SIGTERM", moment, 0, "train_kd_sft.py")
     assert_stopped(run_example(*script, *run, status=143))
     assert saved.exists() == ("report" in moment)
-    if moment in (f"{MODEL}.restore_from", f"{CHECKPOINT}._save_checkpoint", "8"):
+    if moment in (f"{MODEL}.restore_from", f"{CHECKPOINT}._save_checkpoint", "3"):
         run_example("train_kd_sft.py", *run)
         assert saved.exists()
 

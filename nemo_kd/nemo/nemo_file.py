@@ -120,8 +120,8 @@ def check_target(path: Any, source: str) -> None:
         raise ValueError(f"save_to: cannot write {path}: {error.strerror}") from error
     if os.path.isfile(source) and free_bytes < os.path.getsize(source):
         raise ValueError(
-            f"save_to: expected {os.path.getsize(source) / 1e9:.1f} GB free beside {path}, which "
-            f"is the size of model.restore_from_path, found {free_bytes / 1e9:.1f} GB"
+            f"save_to: expected {os.path.getsize(source) / 1e9:.3g} GB free beside {path}, which "
+            f"is the size of model.restore_from_path, found {free_bytes / 1e9:.3g} GB"
         )
 
 
