@@ -1,5 +1,6 @@
 """A .nemo of the Llama family becomes a Hugging Face checkpoint: hf_import's inverse."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -7,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from nemo_kd.config import refuse_unknown_keys
-from nemo_kd.nemo.hf_llama import hf_config, to_hf
+from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
 from nemo_kd.nemo.nemo_file import load_weights, read_model_config
 from nemo_kd.nemo.trainer import drop_noise
 
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = (None, "bfloat16", "float16", "float32")
 
 
@@ -55,8 +55,11 @@ def export_hf_llama(config: DictConfig) -> None:
     drop_noise()
     nemo = read_model_config(config.source, "source")
     tokenizer = load_tokenizer(nemo)
-    tokens = {name: getattr(tokenizer, name) for name in TOKENS}
-    model_config = hf_config(nemo, len(tokenizer), tokens)
+    # A .nemo that another tool wrote has no fields of Hugging Face's: the tokenizer's serve.
+    kept = {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in KEPT[1:]}
+    kept |= OmegaConf.to_container(nemo.get("hugging_face", OmegaConf.create()))
+    generation = kept.pop("generation_config", None)
+    model_config = hf_config(nemo, kept)
     with torch.device("meta"):  # the names and shapes, without memory for the weights
         model = AutoModelForCausalLM.from_config(model_config)
 
@@ -72,6 +75,8 @@ def export_hf_llama(config: DictConfig) -> None:
         model.to(next(iter(state.values())).dtype)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(saving, state_dict=state)
+        if generation is not None:  # as it was published; transformers would refuse some
+            (saving / "generation_config.json").write_text(json.dumps(generation, indent=2))
         tokenizer.save_pretrained(saving)
         os.replace(saving, output)  # last, so that what stands there is whole
     finally:

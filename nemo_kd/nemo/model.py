@@ -26,6 +26,7 @@ from nemo_kd.nemo.data import (
     check_section,
     training_blend,
 )
+from nemo_kd.nemo.nemo_file import warn_of_missing_begin
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, MeanTerms, micro_batch_means, token_terms
 
@@ -165,14 +166,17 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         check_section(data_cfg, self.cfg, is_train)
         rest = (data_cfg, self.cfg, self.tokenizer, self.kd_config)
         if is_train:
-            return training_blend(*rest, max_steps=self.trainer.max_steps)
-        datasets = []
+            blend = training_blend(*rest, max_steps=self.trainer.max_steps)
+            warn_of_missing_begin(self.tokenizer, blend.datasets)
+            return blend
+        datasets: list[Any] = []
         for path in data_cfg.file_names:
             if path in caches_of(data_cfg):
                 datasets.append(cache_dataset(path, *rest))
             else:  # a jsonl, which NeMo builds by itself
                 alone = OmegaConf.merge(data_cfg, {"file_names": [path]})
                 datasets += super()._build_dataset(alone, is_train=False)
+        warn_of_missing_begin(self.tokenizer, datasets)
         return datasets
 
     def build_data_loader(
