@@ -15,7 +15,7 @@ from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.layout import check_layout, check_sequence_length
-from nemo_kd.nemo.nemo_file import read_model_config, warn_of_missing_begin
+from nemo_kd.nemo.nemo_file import read_model_config
 from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
 from nemo_kd.selection import SelectionConfig
@@ -65,7 +65,6 @@ def dump_teacher_topk(config: DictConfig) -> None:
             f"{selection.k}; lower selection.k"
         )
     samples = build_samples(model, data, sources)
-    warn_of_missing_begin(model.tokenizer, samples.datasets)
     row_settings = ("kind", "temperature", *_SHAPES_ROWS[selection.kind])
     manifest = Manifest(
         selection={name: getattr(selection, name) for name in row_settings},

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset
 from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
 from nemo_kd.config import DataConfig
+from nemo_kd.nemo.nemo_file import warn_of_missing_begin
 
 # Keys of `teacher` that leave the logits as they are.
 _NOT_IN_FINGERPRINT = (
@@ -108,6 +109,7 @@ def build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> Co
     datasets = model._build_dataset(settings, is_train=False)
     for dataset in datasets:
         dataset.is_test = False  # when true, a missing label counts as an empty one
+    warn_of_missing_begin(model.tokenizer, datasets)
     return ConcatDataset(datasets)
 
 
