@@ -9,8 +9,12 @@ import pytest
 import torch
 from distributed import run_distributed
 from nemo_models import local_logits
+from omegaconf import OmegaConf
 from runs import run_example
 from safetensors import safe_open
+
+from nemo_kd.nemo.hf_export import kept_fields
+from nemo_kd.nemo.hf_llama import ARCHITECTURE, hf_config
 
 CONFIG = (  # the settings that the model's outputs depend on
     "vocab_size",
@@ -185,6 +189,30 @@ def test_round_trip(
     generated = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
     assert torch.equal(generated, reference.generate(**inputs, max_new_tokens=60, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("hugging_face", "eos", "size"),
+    [
+        ({"vocab_size": 600, "eos_token_id": [1, 5], "tokenizer_eos": 1}, [1, 5], 600),
+        ({"vocab_size": 600, "eos_token_id": [0, 5], "tokenizer_eos": 0}, 1, 600),
+        ({}, 1, 401),
+    ],
+    ids=["the source's tokenizer", "another tokenizer", "another tool's .nemo"],
+)
+def test_ids_of_tokens_fit_the_tokenizer(
+    hf_tokenizer: Any, hugging_face: dict[str, Any], eos: Any, size: int
+) -> None:
+    kept = kept_fields(OmegaConf.create({"hugging_face": hugging_face}), hf_tokenizer)
+    assert (kept["eos_token_id"], kept["vocab_size"]) == (eos, size)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_moe_experts", "softmax_scale", "attn_logit_softcapping", "rotary_interleaved"]
+)
+def test_another_architecture_is_not_exported(key: str) -> None:
+    with pytest.raises(ValueError, match=f"got one with {key}: 2"):
+        hf_config(OmegaConf.create({**ARCHITECTURE, key: 2}), {})
 
 
 @pytest.mark.parametrize(

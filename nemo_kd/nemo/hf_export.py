@@ -38,6 +38,18 @@ def load_tokenizer(nemo: DictConfig) -> Any:
         raise ValueError(f"source: found no tokenizer at {settings.type}: {error}") from error
 
 
+def kept_fields(nemo: DictConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return what the import kept of the source's config, and its generation_config.
+
+    If the .nemo is another tool's, or a run took another tokenizer, the ids are the tokenizer's.
+    """
+    kept: Any = OmegaConf.to_container(nemo.get("hugging_face", OmegaConf.create()))
+    if kept.pop("tokenizer_eos", "none kept") == tokenizer.eos_token_id:
+        return dict(kept)
+    rows = max(kept.get("vocab_size", 0), len(tokenizer))
+    return {"vocab_size": rows, **{name: getattr(tokenizer, name) for name in KEPT[1:]}}
+
+
 def export_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/export_hf_llama.yaml.
 
@@ -55,9 +67,7 @@ def export_hf_llama(config: DictConfig) -> None:
     drop_noise()
     nemo = read_model_config(config.source, "source")
     tokenizer = load_tokenizer(nemo)
-    # A .nemo that another tool wrote has no fields of Hugging Face's: the tokenizer's serve.
-    kept = {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in KEPT[1:]}
-    kept |= OmegaConf.to_container(nemo.get("hugging_face", OmegaConf.create()))
+    kept = kept_fields(nemo, tokenizer)
     generation = kept.pop("generation_config", None)
     model_config = hf_config(nemo, kept)
     with torch.device("meta"):  # the names and shapes, without memory for the weights

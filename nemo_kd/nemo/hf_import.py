@@ -147,6 +147,7 @@ def import_hf_llama(config: DictConfig) -> None:
     model_config = OmegaConf.create(
         nemo_config(hf_model.config, str(tokenizer_directory), len(layers), len(tokenizer))
     )
+    model_config.hugging_face.tokenizer_eos = tokenizer.eos_token_id
     generation = Path(config.source, "generation_config.json")
     if generation.exists():
         model_config.hugging_face.generation_config = read_json(generation)

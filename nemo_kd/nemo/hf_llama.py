@@ -46,6 +46,11 @@ ARCHITECTURE = {
     "position_embedding_type": "rope",
     "rotary_percentage": 1.0,
 }
+OTHER_ARCHITECTURES = (
+    *("num_moe_experts", "multi_latent_attention", "window_size", "qk_layernorm", "softmax_scale"),
+    *("apply_embedding_scaling", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("layernorm_zero_centered_gamma", "mcore_customization_config", "rotary_interleaved"),
+)
 # NeMo's keys, with what NeMo takes where a config leaves them out, and Hugging Face's.
 SIZES = {
     ("num_layers", None): "num_hidden_layers",
@@ -211,7 +216,7 @@ def hf_config(nemo: Any, kept: dict[str, Any]) -> Any:
                 f"source: expected a model of the Llama family ({key}: {expected}), got "
                 f"{key}: {nemo.get(key)}"
             )
-    for key in ("num_moe_experts", "window_size", "qk_layernorm"):
+    for key in OTHER_ARCHITECTURES:
         if nemo.get(key):
             raise ValueError(
                 f"source: expected a model of the Llama family, got one with {key}: {nemo[key]}"
