@@ -14,7 +14,8 @@ from nemo_kd.cache import CacheWriter, Manifest
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.layout import check_layout, check_sequence_length
+from nemo_kd.nemo.console import log_to, report_short_fields
+from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import read_model_config
 from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
@@ -81,7 +82,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
     # Rank 0 creates the cache or refuses it before any other rank looks into it.
-    writer = _on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
+    writer = _on_rank_zero(lambda: _open_cache(cache.path, manifest), everyone)
     replica, forward = _replica_and_forward(model, selection)
     shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
     try:
@@ -93,9 +94,22 @@ def dump_teacher_topk(config: DictConfig) -> None:
         replica.stop_if_asked_alone()
         raise
     if torch.distributed.get_rank() == 0:
-        missing = writer.missing_shards()
-        state = f"{len(missing)} of {manifest.num_shards} shards are still missing"
-        print(f"{writer.path}: {state if missing else 'the cache is whole'}")
+        _report(writer)
+
+
+def _report(writer: CacheWriter) -> None:
+    """Print what the cache holds now."""
+    report_short_fields()
+    missing = writer.missing_shards()
+    state = f"{len(missing)} of {writer.manifest.num_shards} shards are still missing"
+    print(f"{writer.path}: {state if missing else 'the cache is whole'}")
+
+
+def _open_cache(path: str, manifest: Manifest) -> CacheWriter:
+    """Open it, and log beside it what the terminal does not show."""
+    writer = CacheWriter.open(path, manifest)
+    log_to(f"{writer.path}.log")
+    return writer
 
 
 def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -> Any:
@@ -109,6 +123,7 @@ def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -
     )
     trainer = build_trainer(run)
     num_replicas = check_layout(teacher, trainer.world_size, "teacher")
+    say_layout(teacher, trainer.world_size, num_replicas)
     check_sequence_length(teacher, "teacher", data.max_seq_length, "data.max_seq_length")
     with open_dict(teacher):  # NeMo's count of micro batches; this run does not use it
         teacher.global_batch_size = data.micro_batch_size * num_replicas

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from nemo_kd.config import refuse_unknown_keys
+from nemo_kd.nemo.console import quiet_host
 from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
 from nemo_kd.nemo.nemo_file import load_weights, read_model_config
-from nemo_kd.nemo.trainer import drop_noise
 
 DTYPES = (None, "bfloat16", "float16", "float32")
 
@@ -64,7 +64,7 @@ def export_hf_llama(config: DictConfig) -> None:
         raise ValueError(f"output: expected a new directory, but {config.output} exists")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected null, bfloat16, float16 or float32, got {config.dtype}")
-    drop_noise()
+    quiet_host()
     nemo = read_model_config(config.source, "source")
     tokenizer = load_tokenizer(nemo)
     kept = kept_fields(nemo, tokenizer)

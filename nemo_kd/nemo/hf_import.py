@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
+from nemo_kd.nemo.console import quiet_host
 from nemo_kd.nemo.hf_fields import check_fields, check_gguf, read_rope
 from nemo_kd.nemo.hf_llama import nemo_config, to_megatron
 from nemo_kd.nemo.nemo_file import begin_token, save_nemo
-from nemo_kd.nemo.trainer import build_trainer, drop_noise, initialize_model_parallel
+from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
 
 
 def load_source(source: Path) -> tuple[Any, Any]:
@@ -193,7 +194,7 @@ def build_model(model_config: DictConfig) -> Any:
     )
 
     trainer = build_trainer(run)
-    drop_noise()
+    quiet_host()
     initialize_model_parallel(trainer, model_config)
     return MegatronGPTSFTModel(model_config, trainer)
 

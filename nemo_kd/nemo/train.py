@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.layout import check_layout, check_sequence_length
+from nemo_kd.nemo.console import report_short_fields
+from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import read_model_config, save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
 from nemo_kd.process import exit_stopped
@@ -67,6 +68,7 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
             the list of files differ in length.
     """
     num_replicas = check_layout(model, num_processes, "model")
+    say_layout(model, num_processes, num_replicas)
     for name in ("train_ds", "validation_ds"):
         dataset, key = model.data[name], f"model.data.{name}"
         if dataset.global_batch_size % (dataset.micro_batch_size * num_replicas):
@@ -128,7 +130,7 @@ def train_kd_sft(config: DictConfig) -> None:
 
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
     from nemo_kd.nemo.resume import exit_if_out_of_time, start_exp_manager
-    from nemo_kd.nemo.summary import ClosingSummary
+    from nemo_kd.nemo.summary import follow
 
     with open_dict(config):
         config.model = model_config  # the trainer's plugins read keys that only the .nemo has
@@ -143,12 +145,12 @@ def train_kd_sft(config: DictConfig) -> None:
         from nemo_kd.nemo.lora import add_adapters
 
         add_adapters(model, config.model.peft)
-    summary = ClosingSummary()
-    trainer.callbacks.append(summary)
+    summary = follow(trainer)
     try:
         (trainer.validate if validates else trainer.fit)(model)
     except SIGTERMException:  # outside of training; Lightning's status would be 0, a success
         exit_stopped("stopped by SIGTERM" if trainer.is_global_zero else None)
+    report_short_fields()
     if validates:
         return
     exit_if_out_of_time(trainer)
