@@ -119,8 +119,9 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        close_bars()
         if rank() > 0:
             time.sleep(_PRECEDENCE_S)
         where = f" on rank {rank()}" if rank() > 0 else ""
         sys.exit(f"error{where}: {error}  (HYDRA_FULL_ERROR=1 shows where)")
+    finally:
+        close_bars()

@@ -218,10 +218,23 @@ def change_config(directory: Path, **fields: Any) -> None:
         (cut_weights, "a weight file in"),
         (enlarge_tokenizer, "at most the embedding's 401 rows, got 402 tokens"),
         (lambda directory: change_config(directory, vocab_size=512), "mismatched_keys"),
+        (
+            lambda directory: change_config(directory, tie_word_embeddings=True),
+            "but lm_head.weight",
+        ),
         (lambda directory: (directory / "config.json").write_text("{"), "config.json: not JSON"),
         (lambda directory: (directory / "config.json").write_text("[]"), "expected a JSON object"),
     ],
-    ids=["missing", "left over", "truncated", "tokenizer", "other shape", "no JSON", "no object"],
+    ids=[
+        "missing",
+        "left over",
+        "truncated",
+        "tokenizer",
+        "other shape",
+        "tied",
+        "no JSON",
+        "no object",
+    ],
 )
 def test_damaged_source_is_refused(
     damage: Any, message: str, hf_llamas: dict[str, Path], tmp_path: Path

@@ -72,7 +72,27 @@ def load_source(source: Path) -> tuple[Any, Any]:
                 f"source: expected the weights of a {config.model_type}, got {problem} "
                 f"{sorted(map(str, names))[:3]} ({len(names)} in all)"
             )
+    if not file and config.tie_word_embeddings:
+        check_tied(directory, model.get_input_embeddings().weight)
     return model, from_gguf(tokenizer, source) if file else tokenizer
+
+
+def check_tied(directory: Path, embedding: torch.Tensor) -> None:
+    """Refuse an output layer of its own in a model whose config ties it to the embedding.
+
+    transformers 4 leaves it out, and transformers 5 computes with it.
+    """
+    from safetensors import safe_open
+
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if "lm_head.weight" in weights.keys():  # noqa: SIM118
+                own = weights.get_tensor("lm_head.weight").to(embedding.dtype)
+                if not torch.equal(own, embedding):
+                    raise ValueError(
+                        "source: config.json has tie_word_embeddings: true, but lm_head.weight "
+                        "differs from the embedding; set it to false, or remove the weight"
+                    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
