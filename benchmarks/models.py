@@ -32,7 +32,7 @@ from nemo_kd.cache import TopKCache
 from nemo_kd.cache.writer import ShardWriter
 from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.trainer import drop_noise
+from nemo_kd.nemo.console import quiet_host
 
 ROOT = Path(__file__).parent.parent
 MAX_SEQ_LENGTH = 128
@@ -116,7 +116,7 @@ def measure_packed_rows(
     rank: int, world_size: int, path: Path, rows: list[Any]
 ) -> dict[str, tuple[float, float]]:
     """The relative errors of loss and gradient from packed rows, against float32 rows."""
-    drop_noise()
+    quiet_host()
     cache = TopKCache(path)
     student = restore(OUT / "kd.nemo")
     (module,) = student.get_model_module_list()

@@ -7,15 +7,18 @@ conf/dump_teacher_topk.yaml lists every key. After an interruption call the same
 writes only the missing shards.
 """
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.process import user_errors
+from nemo_kd.process import announce, answer_help, user_errors
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="dump_teacher_topk")
 def main(config: DictConfig) -> None:
     with user_errors():
+        announce(config)
         from nemo_kd.nemo.dump import (
             dump_teacher_topk,  # seconds of imports, once the config is read
         )
@@ -24,4 +27,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    answer_help(Path(__file__).parent / "conf" / "dump_teacher_topk.yaml")
     main()

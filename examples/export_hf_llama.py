@@ -8,15 +8,18 @@ biases becomes a `llama` (also a Mistral without a sliding window); a model with
 v becomes a `qwen2`.
 """
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.process import user_errors
+from nemo_kd.process import announce, answer_help, user_errors
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="export_hf_llama")
 def main(config: DictConfig) -> None:
     with user_errors():
+        announce(config)
         from nemo_kd.nemo.hf_export import (
             export_hf_llama,  # seconds of imports, once the config is read
         )
@@ -25,4 +28,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    answer_help(Path(__file__).parent / "conf" / "export_hf_llama.yaml")
     main()

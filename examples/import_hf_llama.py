@@ -6,15 +6,18 @@
 The .nemo is written at tensor and pipeline parallel size 1. NeMo can restore it at any other size.
 """
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.process import user_errors
+from nemo_kd.process import announce, answer_help, user_errors
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="import_hf_llama")
 def main(config: DictConfig) -> None:
     with user_errors():
+        announce(config)
         from nemo_kd.nemo.hf_import import (
             import_hf_llama,  # seconds of imports, once the config is read
         )
@@ -23,4 +26,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    answer_help(Path(__file__).parent / "conf" / "import_hf_llama.yaml")
     main()

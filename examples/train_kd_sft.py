@@ -7,19 +7,23 @@ conf/train_kd_sft.yaml lists every key. With model.knowledge_distillation.kd_los
 model.knowledge_distillation.sft_loss_weight=1 it is plain SFT on the same samples.
 """
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.process import user_errors
+from nemo_kd.process import announce, answer_help, user_errors
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train_kd_sft")
 def main(config: DictConfig) -> None:
     with user_errors():
+        announce(config)
         from nemo_kd.nemo.train import train_kd_sft  # seconds of imports, once the config is read
 
         train_kd_sft(config)
 
 
 if __name__ == "__main__":
+    answer_help(Path(__file__).parent / "conf" / "train_kd_sft.yaml")
     main()

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 1 for a fault or an error."""
     given = sys.argv[1:] if argv is None else list(argv)
     if given and given[0] in RUNS:
-        # Hydra reads what follows, also --help and --cfg job; argparse does not see it.
+        # Hydra reads what follows, also --cfg job; argparse does not see it.
         _run(given[0], given[1:])
         return 0
     arguments = _parser().parse_args(given)
@@ -69,16 +69,18 @@ def _run(command: str, overrides: list[str]) -> None:
     import hydra
     from omegaconf import DictConfig
 
-    from nemo_kd.process import user_errors
+    from nemo_kd.process import announce, answer_help, user_errors
 
     name, module, _ = RUNS[command]
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=name)
     def run(config: DictConfig) -> None:
         with user_errors():
+            announce(config)
             getattr(importlib.import_module(f"nemo_kd.nemo.{module}"), name)(config)
 
     sys.argv = [f"nemo-kd {command}", *overrides]  # Hydra reads its arguments there
+    answer_help(CONF / f"{name}.yaml")
     run()
 
 

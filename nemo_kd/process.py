@@ -1,4 +1,4 @@
-"""How a process of this package ends: exit status, error line, data loader workers."""
+"""How a process of this package begins and ends: its first lines, its help, its exit and errors."""
 
 import atexit
 import multiprocessing
@@ -7,17 +7,79 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import Any, NoReturn
+
+from omegaconf import ListConfig, OmegaConf
+from tqdm import tqdm
 
 # The exit status of a run that SIGTERM stopped, as a shell reports it. The same command resumes it.
 STOPPED = 128 + signal.SIGTERM
 _EXIT_S = 10  # what an exit on SIGTERM may take
+# Seconds in which torchrun and srun end the other ranks after the first one has ended.
+_PRECEDENCE_S = 3
+
+
+# Keys of the four runs' YAML files that name what is read and what is written.
+_READ = (
+    *("source", "teacher.restore_from_path", "data.file_names", "model.restore_from_path"),
+    *("model.data.train_ds.file_names", "model.data.validation_ds.file_names"),
+)
+_WRITTEN = ("output", "cache.path", "save_to", "exp_manager.explicit_log_dir")
+
+
+def rank() -> int:
+    """This process's number in its job, before torch.distributed knows it."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def say(text: str) -> None:
+    """Prints a line about the run, once a job; results go to stdout."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def announce(config: Any) -> None:
+    """Says what a run reads, how large that is, and what it writes, before seconds of imports."""
+    for title, keys in (("reads", _READ), ("writes", _WRITTEN)):
+        values = (OmegaConf.select(config, key) for key in keys)
+        lists = (value if isinstance(value, ListConfig) else [value] for value in values)
+        for name in chain.from_iterable(lists):
+            if name and isinstance(name, str):
+                say(f"{title:6} {name}" + (_size(Path(name)) if title == "reads" else ""))
+
+
+def _size(path: Path) -> str:
+    files = [path, *path.glob("*"), *path.glob("*/*")] if path.is_dir() else [path]
+    num_bytes = sum(each.stat().st_size for each in files if each.is_file())
+    unit, scale = ("MB", 1e6) if num_bytes >= 1e5 else ("kB", 1e3)
+    return f" ({num_bytes / scale:,.1f} {unit})" if num_bytes else ""
+
+
+def answer_help(yaml: Path) -> None:
+    """Ends the process with the YAML and its comments if it was called with --help.
+
+    Hydra's own --help leaves the comments out.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(yaml.read_text())
+        sys.exit()
+
+
+def close_bars() -> None:
+    """Ends the line of each bar, so that what follows begins a new one."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def exit_stopped(message: str | None) -> NoReturn:
     """Ends the process with status STOPPED. One process of a run says why."""
+    close_bars()
     if message is not None:
         print(message, file=sys.stderr)
     sys.exit(STOPPED)
@@ -56,8 +118,7 @@ def end_on_sigterm() -> None:
         timer = threading.Timer(_EXIT_S, os._exit, [STOPPED])
         timer.daemon = True
         timer.start()
-        leads = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-        exit_stopped("stopped by SIGTERM; the same command starts again" if leads else None)
+        exit_stopped("stopped by SIGTERM; the same command starts again" if rank() == 0 else None)
 
     signal.signal(signal.SIGTERM, end)
 
@@ -65,6 +126,9 @@ def end_on_sigterm() -> None:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with one line, not a traceback, on an error that a user can mend.
+
+    In a job of many ranks rank 0 says it, and its end takes the others along. An error of another
+    rank alone is said by that rank, some seconds later.
 
     HYDRA_FULL_ERROR=1, Hydra's own switch, shows the traceback. SIGTERM ends it with one line too.
     """
@@ -74,4 +138,9 @@ def user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"error: {error}  (HYDRA_FULL_ERROR=1 shows where)")
+        if rank() > 0:
+            time.sleep(_PRECEDENCE_S)
+        where = f" on rank {rank()}" if rank() > 0 else ""
+        sys.exit(f"error{where}: {error}  (HYDRA_FULL_ERROR=1 shows where)")
+    finally:
+        close_bars()

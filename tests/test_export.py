@@ -1,12 +1,20 @@
 """Hugging Face -> .nemo -> Hugging Face gives back every weight, and a model that generates."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import run_distributed
+from nemo_models import local_logits
+from omegaconf import OmegaConf
 from runs import run_example
 from safetensors import safe_open
+
+from nemo_kd.nemo.hf_export import kept_fields
+from nemo_kd.nemo.hf_llama import ARCHITECTURE, hf_config
 
 CONFIG = (  # the settings that the model's outputs depend on
     "vocab_size",
@@ -31,11 +39,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LAYERS = {"qwen2": [2, 0]}  # of a model that has three; the others keep all
+# Two end tokens, and a combination that transformers itself would refuse to save.
+GENERATION = {"eos_token_id": [1, 5], "do_sample": False, "temperature": 0.6, "top_p": 0.9}
 
 
 @pytest.fixture(scope="module")
 def more_models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> dict[str, Path]:
-    """What the Llamas of conftest lack: biases, other head sizes, half precision, scaled RoPE."""
+    """What the Llamas of conftest lack: biases, spare rows, half precision, scaled RoPE, ..."""
     from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
     shared = {
@@ -54,7 +65,10 @@ def more_models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> 
     linear = {"rope_type": "linear", "factor": 2.0}
     configs = {
         "qwen2": Qwen2Config(
-            **shared, rope_theta=1e6, rope_scaling=linear, use_sliding_window=False
+            **shared | {"vocab_size": 600, "eos_token_id": [1, 5]},
+            rope_theta=1e6,
+            rope_scaling=linear,
+            use_sliding_window=False,
         ),
         "mistral": MistralConfig(
             **shared,
@@ -73,7 +87,55 @@ def more_models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> 
         paths[name] = tmp_path_factory.mktemp("hf") / name
         model.save_pretrained(paths[name])
         hf_tokenizer.save_pretrained(paths[name])
+    (paths["qwen2"] / "generation_config.json").write_text(json.dumps(GENERATION))
     return paths
+
+
+@pytest.fixture(scope="module")
+def more_nemos(
+    more_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The .nemo of each, the Mistral's from a config.json as transformers 5 writes it."""
+    config = json.loads((more_models["mistral"] / "config.json").read_text())
+    as_5 = config | {"dtype": config.pop("torch_dtype")}
+    as_5["rope_parameters"] = {"rope_theta": as_5.pop("rope_theta"), **as_5.pop("rope_scaling")}
+    directory = tmp_path_factory.mktemp("nemo")
+    shutil.copytree(more_models["mistral"], directory / "mistral")
+    (directory / "mistral" / "config.json").write_text(json.dumps(as_5))
+    sources = more_models | {"mistral": directory / "mistral"}
+    nemos = {name: directory / f"{name}.nemo" for name in more_models}
+    for name, nemo in nemos.items():
+        keep = f"keep_layers={LAYERS.get(name, 'null')}".replace(" ", "")
+        run_example("import_hf_llama.py", f"source={sources[name]}", f"output={nemo}", keep)
+    return nemos
+
+
+def load_reference(name: str, source: Path) -> Any:
+    """The Hugging Face model, of the layers that the .nemo has."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto")
+    if name in LAYERS:
+        reference.model.layers = torch.nn.ModuleList(
+            [reference.model.layers[i] for i in LAYERS[name]]
+        )
+        for new, layer in enumerate(reference.model.layers):
+            layer.self_attn.layer_idx = new
+    return reference
+
+
+def test_nemo_computes_the_logits(
+    more_models: dict[str, Path], more_nemos: dict[str, Path]
+) -> None:
+    tokens = torch.randint(401, (2, 100), generator=torch.Generator().manual_seed(0))
+    shards = run_distributed(local_logits, 2, list(more_nemos.values()), tokens)
+    for index, (name, source) in enumerate(more_models.items()):
+        hf = load_reference(name, source).float()
+        ours = torch.cat([rank[index] for rank in shards], dim=-1)[..., : hf.config.vocab_size]
+        with torch.no_grad():
+            theirs = hf(tokens).logits
+        # Sums in another order.
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -84,34 +146,27 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"), [("tied", None), ("untied", None), ("qwen2", [2, 0]), ("mistral", None)]
-)
+@pytest.mark.parametrize("name", ["tied", "untied", "qwen2", "mistral"])
 def test_round_trip(
     name: str,
-    layers: list[int] | None,
     hf_llamas: dict[str, Path],
     nemos: dict[str, Path],
     more_models: dict[str, Path],
+    more_nemos: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source = (hf_llamas | more_models)[name]
-    nemo, output = tmp_path / "model.nemo", tmp_path / "hf"
-    if name in nemos:
-        nemo = nemos[name]
-    else:
-        keep = f"keep_layers={layers}".replace(" ", "").replace("None", "null")
-        run_example("import_hf_llama.py", f"source={source}", f"output={nemo}", keep)
+    source, nemo = (hf_llamas | more_models)[name], (nemos | more_nemos)[name]
+    output = tmp_path / "hf"
     run_example("export_hf_llama.py", f"source={nemo}", f"output={output}", cold=name == "tied")
 
     expected = weights_of(source)
-    if layers is not None:
+    if name in LAYERS:
         expected = {
             weight.replace(f".layers.{old}.", f".layers.{new}."): tensor
             for weight, tensor in expected.items()
-            for new, old in enumerate(layers)
+            for new, old in enumerate(LAYERS[name])
             if ".layers." not in weight or f".layers.{old}." in weight
         }
     exported = weights_of(output)
@@ -124,18 +179,40 @@ def test_round_trip(
     assert own.model_type == ("qwen2" if name == "qwen2" else "llama")
     for key in CONFIG:
         assert getattr(own, key) == getattr(theirs, key), key
+    if name == "qwen2":
+        assert json.loads((output / "generation_config.json").read_text()) == GENERATION
 
     model = AutoModelForCausalLM.from_pretrained(output, torch_dtype="auto")
-    reference = AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto")
-    if layers is not None:
-        reference.model.layers = torch.nn.ModuleList([reference.model.layers[i] for i in layers])
-        for new, layer in enumerate(reference.model.layers):
-            layer.self_attn.layer_idx = new
+    reference = load_reference(name, source)
     tokenizer = AutoTokenizer.from_pretrained(output)
     inputs = tokenizer("the student learns", return_tensors="pt", return_token_type_ids=False)
     generated = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
     assert torch.equal(generated, reference.generate(**inputs, max_new_tokens=60, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("hugging_face", "eos", "size"),
+    [
+        ({"vocab_size": 600, "eos_token_id": [1, 5], "tokenizer_eos": 1}, [1, 5], 600),
+        ({"vocab_size": 600, "eos_token_id": [0, 5], "tokenizer_eos": 0}, 1, 600),
+        ({}, 1, 401),
+    ],
+    ids=["the source's tokenizer", "another tokenizer", "another tool's .nemo"],
+)
+def test_ids_of_tokens_fit_the_tokenizer(
+    hf_tokenizer: Any, hugging_face: dict[str, Any], eos: Any, size: int
+) -> None:
+    kept = kept_fields(OmegaConf.create({"hugging_face": hugging_face}), hf_tokenizer)
+    assert (kept["eos_token_id"], kept["vocab_size"]) == (eos, size)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_moe_experts", "softmax_scale", "attn_logit_softcapping", "rotary_interleaved"]
+)
+def test_another_architecture_is_not_exported(key: str) -> None:
+    with pytest.raises(ValueError, match=f"got one with {key}: 2"):
+        hf_config(OmegaConf.create({**ARCHITECTURE, key: 2}), {})
 
 
 @pytest.mark.parametrize(

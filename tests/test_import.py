@@ -1,12 +1,16 @@
 """The .nemo gives Hugging Face's logits, at one and at two vocab shards."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed import run_distributed
 from nemo_models import local_logits
-from runs import run_example
+from runs import dump_arguments, run_example, train_arguments
+
+from nemo_kd.cache import TopKCache
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
@@ -51,6 +55,37 @@ def test_keep_layers(hf_llamas: dict[str, Path], tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = hf(tokens, use_cache=False).logits
     torch.testing.assert_close(ours[..., :401], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_begin_token_is_named(
+    hf_llamas: dict[str, Path], hf_tokenizer: Any, jsonl: Path, tmp_path: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    source, nemo = tmp_path / "hf", tmp_path / "llama3.nemo"
+    shutil.copytree(hf_llamas["tied"], source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    tokenizer.save_pretrained(source)
+    warning = "its samples lack <s>, which the model expects"
+
+    output = run_example("import_hf_llama.py", f"source={source}", f"output={nemo}")
+    assert "the model expects <s> before each text: use data.add_bos=true" in output
+    caches = {}
+    for add_bos in (False, True):
+        caches[add_bos] = tmp_path / f"cache-{add_bos}"
+        arguments = dump_arguments(nemo, jsonl, caches[add_bos], f"data.add_bos={add_bos}")
+        output = run_example("dump_teacher_topk.py", *arguments)
+        assert output.count(f"{jsonl}: {warning}") == (not add_bos)
+        first = {int(sample.tokens[0]) for sample in TopKCache.open(caches[add_bos])}
+        assert (first == {tokenizer.bos_token_id}) == add_bos
+    arguments = train_arguments(nemo, caches[True], caches[False], tmp_path / "logs")
+    files = f"model.data.validation_ds.file_names=[{caches[False]},{jsonl}]"
+    output = run_example("train_kd_sft.py", *arguments, files, "trainer.max_steps=2")
+    assert output.count(warning) == 2
+    assert f"{caches[False]}: {warning}" in output
+    assert f"{jsonl}: {warning}" in output
 
 
 @pytest.mark.parametrize(

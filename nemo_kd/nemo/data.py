@@ -36,11 +36,6 @@ def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
     """
     section = f"model.data.{'train_ds' if is_train else 'validation_ds'}"
     caches = caches_of(data)
-    if is_train and len(caches) < len(data.file_names):
-        raise ValueError(
-            f"model.data.train_ds.file_names: expected cache directories, got "
-            f"{list(data.file_names)}; write them with examples/dump_teacher_topk.py"
-        )
     if data.get("packed_sequence", False) and data.micro_batch_size != 1:
         raise ValueError(
             f"expected {section}.micro_batch_size=1 with packed_sequence=true, a pack being "

@@ -15,7 +15,8 @@ from nemo_kd.cache.inspection import unsupervised
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.layout import check_layout, check_sequence_length
+from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
+from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import read_model_config
 from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
 from nemo_kd.nemo.trainer import (
@@ -76,6 +77,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     on_rank_zero(
         lambda: check_supervision(samples, cut_sample, data.max_unsupervised_share), everyone
     )
+    forget_short_fields()
     manifest = Manifest(
         **_shaping_settings(data, selection),
         codec=cache.codec,
@@ -88,7 +90,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     )
     shards = parse_shards(cache.shards, manifest.num_shards)
     # Rank 0 creates the cache or refuses it before any other rank looks into it.
-    writer = on_rank_zero(lambda: CacheWriter.open(cache.path, manifest), everyone)
+    writer = on_rank_zero(lambda: _open_cache(cache.path, manifest), everyone)
     replica, forward = _replica_and_forward(model, selection)
     shows_progress = replica.leads and parallel_state.get_data_parallel_rank() == 0
     try:
@@ -105,6 +107,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
 
 def _report(writer: CacheWriter, data: DataConfig) -> None:
     """Print what the cache holds now; refuse a whole one with too few supervised tokens."""
+    report_short_fields()
     num_samples = writer.manifest.num_samples
     if missing := writer.missing_shards():
         state = f"{len(missing)} of {writer.manifest.num_shards} shards are still missing"
@@ -126,6 +129,13 @@ def _shaping_settings(data: DataConfig, selection: SelectionConfig) -> dict[str,
     }
 
 
+def _open_cache(path: str, manifest: Manifest) -> CacheWriter:
+    """Open it, and log beside it what the terminal does not show."""
+    writer = CacheWriter.open(path, manifest)
+    log_to(f"{writer.path}.log")
+    return writer
+
+
 def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -> Any:
     """Return the trainer, once Megatron's groups are up and the teacher fits them."""
     run = OmegaConf.create(
@@ -137,6 +147,7 @@ def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -
     )
     trainer = build_trainer(run)
     num_replicas = check_layout(teacher, trainer.world_size, "teacher")
+    say_layout(teacher, trainer.world_size, num_replicas)
     check_sequence_length(teacher, "teacher", data.max_seq_length, "data.max_seq_length")
     with open_dict(teacher):  # NeMo's count of micro batches; this run does not use it
         teacher.global_batch_size = data.micro_batch_size * num_replicas

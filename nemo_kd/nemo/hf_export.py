@@ -1,5 +1,6 @@
 """A .nemo of the Llama family becomes a Hugging Face checkpoint: hf_import's inverse."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -7,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from nemo_kd.config import refuse_unknown_keys
-from nemo_kd.nemo.hf_llama import hf_config, to_hf
+from nemo_kd.nemo.console import quiet_host
+from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
 from nemo_kd.nemo.nemo_file import load_weights, read_model_config
-from nemo_kd.nemo.trainer import drop_noise
 
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = (None, "bfloat16", "float16", "float32")
 
 
@@ -38,6 +38,18 @@ def load_tokenizer(nemo: DictConfig) -> Any:
         raise ValueError(f"source: found no tokenizer at {settings.type}: {error}") from error
 
 
+def kept_fields(nemo: DictConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return what the import kept of the source's config, and its generation_config.
+
+    If the .nemo is another tool's, or a run took another tokenizer, the ids are the tokenizer's.
+    """
+    kept: Any = OmegaConf.to_container(nemo.get("hugging_face", OmegaConf.create()))
+    if kept.pop("tokenizer_eos", "none kept") == tokenizer.eos_token_id:
+        return dict(kept)
+    rows = max(kept.get("vocab_size", 0), len(tokenizer))
+    return {"vocab_size": rows, **{name: getattr(tokenizer, name) for name in KEPT[1:]}}
+
+
 def export_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/export_hf_llama.yaml.
 
@@ -52,11 +64,12 @@ def export_hf_llama(config: DictConfig) -> None:
         raise ValueError(f"output: expected a new directory, but {config.output} exists")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype: expected null, bfloat16, float16 or float32, got {config.dtype}")
-    drop_noise()
+    quiet_host()
     nemo = read_model_config(config.source, "source")
     tokenizer = load_tokenizer(nemo)
-    tokens = {name: getattr(tokenizer, name) for name in TOKENS}
-    model_config = hf_config(nemo, len(tokenizer), tokens)
+    kept = kept_fields(nemo, tokenizer)
+    generation = kept.pop("generation_config", None)
+    model_config = hf_config(nemo, kept)
     with torch.device("meta"):  # the names and shapes, without memory for the weights
         model = AutoModelForCausalLM.from_config(model_config)
 
@@ -72,6 +85,8 @@ def export_hf_llama(config: DictConfig) -> None:
         model.to(next(iter(state.values())).dtype)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(saving, state_dict=state)
+        if generation is not None:  # as it was published; transformers would refuse some
+            (saving / "generation_config.json").write_text(json.dumps(generation, indent=2))
         tokenizer.save_pretrained(saving)
         os.replace(saving, output)  # last, so that what stands there is whole
     finally:

@@ -3,6 +3,7 @@
 The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.hf_llama import MODEL_TYPES, nemo_config, to_megatron
-from nemo_kd.nemo.nemo_file import save_nemo
-from nemo_kd.nemo.trainer import build_trainer, drop_noise, initialize_model_parallel
+from nemo_kd.nemo.console import quiet_host
+from nemo_kd.nemo.hf_fields import check_fields, check_gguf, read_rope
+from nemo_kd.nemo.hf_llama import nemo_config, to_megatron
+from nemo_kd.nemo.nemo_file import begin_token, save_nemo
+from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
 
 
 def load_source(source: Path) -> tuple[Any, Any]:
@@ -24,28 +27,87 @@ def load_source(source: Path) -> tuple[Any, Any]:
     Raises:
         ValueError: No such path, or not a model of the Llama family.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if source.is_dir() and (source / "config.json").exists():
         directory, file = source, {}
+        raw = read_json(source / "config.json")
+        check_fields(raw)
     elif source.is_file() and source.suffix == ".gguf":
-        directory, file = source.parent, {"gguf_file": source.name}
+        from gguf import GGUFReader
+
+        directory, file, raw = source.parent, {"gguf_file": source.name}, {}
+        check_gguf(GGUFReader(source))
     else:
         raise ValueError(
             f"source: expected a Hugging Face directory with config.json or a .gguf file, "
             f"found {source if source.exists() else f'no {source}'}"
         )
     config = AutoConfig.from_pretrained(directory, **file)
-    if config.model_type not in MODEL_TYPES:
+    if raw:
+        config.rope_theta, config.rope_scaling = read_rope(raw)
+    tokenizer = AutoTokenizer.from_pretrained(directory, **file)
+    if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"source: expected model_type {' or '.join(MODEL_TYPES)}, got {config.model_type}"
+            f"source: expected a tokenizer of at most the embedding's {config.vocab_size} rows, "
+            f"got {len(tokenizer)} tokens; take the tokenizer that the model was trained with"
         )
     # Given the config, transformers does not read a GGUF file's metadata again: it takes seconds.
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, torch_dtype="auto", **file
-    )
-    tokenizer = AutoTokenizer.from_pretrained(directory, **file)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            torch_dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            **file,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"source: a weight file in {source} is damaged: {error}") from error
+    # transformers fills what is missing with random numbers, and leaves the rest out.
+    for problem, names in report.items():
+        if names:
+            raise ValueError(
+                f"source: expected the weights of a {config.model_type}, got {problem} "
+                f"{sorted(map(str, names))[:3]} ({len(names)} in all)"
+            )
+    if not file and config.tie_word_embeddings:
+        check_tied(directory, model.get_input_embeddings().weight)
     return model, from_gguf(tokenizer, source) if file else tokenizer
+
+
+def check_tied(directory: Path, embedding: torch.Tensor) -> None:
+    """Refuse an output layer of its own in a model whose config ties it to the embedding.
+
+    transformers 4 leaves it out, and transformers 5 computes with it.
+    """
+    from safetensors import safe_open
+
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if "lm_head.weight" in weights.keys():  # noqa: SIM118
+                own = weights.get_tensor("lm_head.weight").to(embedding.dtype)
+                if not torch.equal(own, embedding):
+                    raise ValueError(
+                        "source: config.json has tie_word_embeddings: true, but lm_head.weight "
+                        "differs from the embedding; set it to false, or remove the weight"
+                    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: It holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"source: {path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"source: {path}: expected a JSON object, got {content!r:.60}")
+    return content
 
 
 def from_gguf(tokenizer: Any, source: Path) -> Any:
@@ -104,8 +166,12 @@ def import_hf_llama(config: DictConfig) -> None:
         raise ValueError(f"keep_layers: expected layers from 0 to {num_layers - 1}, got {layers}")
     tokenizer_directory = output.with_suffix(".tokenizer")
     model_config = OmegaConf.create(
-        nemo_config(hf_model.config, str(tokenizer_directory), len(layers))
+        nemo_config(hf_model.config, str(tokenizer_directory), len(layers), len(tokenizer))
     )
+    model_config.hugging_face.tokenizer_eos = tokenizer.eos_token_id
+    generation = Path(config.source, "generation_config.json")
+    if generation.exists():
+        model_config.hugging_face.generation_config = read_json(generation)
     for name in hf_model.state_dict():
         if re.search(r"(o|gate|up|down)_proj.bias", name):
             raise ValueError(f"source: expected biases on q, k and v alone, got {name}")
@@ -114,7 +180,7 @@ def import_hf_llama(config: DictConfig) -> None:
     tokenizer.save_pretrained(tokenizer_directory)
     model = build_model(model_config)
     (module,) = model.get_model_module_list()
-    fill_model(module, hf_model, layers, model.padded_vocab_size)
+    fill_model(module, hf_model, layers)
     cpu_backend.drop_overrides(model.cfg)
     save_nemo(model, str(output))
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -122,6 +188,8 @@ def import_hf_llama(config: DictConfig) -> None:
         f"{output}: {len(layers)} of {num_layers} layers, {num_parameters / 1e6:.1f}M parameters, "
         f"{hf_model.dtype}; tokenizer in {tokenizer_directory}"
     )
+    if begin := begin_token(tokenizer):
+        print(f"the model expects {begin} before each text: use data.add_bos=true")
 
 
 def build_model(model_config: DictConfig) -> Any:
@@ -146,12 +214,12 @@ def build_model(model_config: DictConfig) -> Any:
     )
 
     trainer = build_trainer(run)
-    drop_noise()
+    quiet_host()
     initialize_model_parallel(trainer, model_config)
     return MegatronGPTSFTModel(model_config, trainer)
 
 
-def fill_model(module: Any, hf_model: Any, layers: list[int], padded_vocab_size: int) -> None:
+def fill_model(module: Any, hf_model: Any, layers: list[int]) -> None:
     """Load the Hugging Face model's weights, of these layers, into Megatron's module in place.
 
     Raises:
@@ -161,7 +229,8 @@ def fill_model(module: Any, hf_model: Any, layers: list[int], padded_vocab_size:
     source = hf_model.state_dict()
     if hf_model.config.tie_word_embeddings:
         del source["lm_head.weight"]
-    pairs = to_megatron(source, hf_model.config.num_key_value_heads, layers, padded_vocab_size)
+    num_rows = len(module.embedding.word_embeddings.weight)
+    pairs = to_megatron(source, hf_model.config.num_key_value_heads, layers, num_rows)
     weights = {for_spec(name, names): tensor for name, tensor in pairs}
     if set(weights) != names:
         raise ValueError(

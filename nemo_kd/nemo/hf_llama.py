@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")  # one architecture; qwen2 has a bias in q, k and v
-
 # Of one layer: Megatron's name, and those of the Hugging Face matrices that it holds.
 LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
@@ -35,6 +33,9 @@ WHOLE = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",  # absent where the embedding is shared
 }
+# Fields that NeMo's model has no key for. The .nemo keeps them for the export.
+KEPT = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+ROW_MULTIPLE = 128  # of the embedding's rows; NeMo's own
 VOCAB_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded in Megatron
 
 # What makes a NeMo model one of the Llama family.
@@ -45,6 +46,11 @@ ARCHITECTURE = {
     "position_embedding_type": "rope",
     "rotary_percentage": 1.0,
 }
+OTHER_ARCHITECTURES = (
+    *("num_moe_experts", "multi_latent_attention", "window_size", "qk_layernorm", "softmax_scale"),
+    *("apply_embedding_scaling", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("layernorm_zero_centered_gamma", "mcore_customization_config", "rotary_interleaved"),
+)
 # NeMo's keys, with what NeMo takes where a config leaves them out, and Hugging Face's.
 SIZES = {
     ("num_layers", None): "num_hidden_layers",
@@ -84,7 +90,6 @@ def to_megatron(
             continue
         tensor = source[hf_name]
         if name in VOCAB_ROWS:
-            # A checkpoint with more rows than the padded vocabulary has them cut off.
             tensor = pad(tensor, (0, 0, 0, padded_vocab_size - len(tensor)))
         yield name, tensor
     for new, old in enumerate(layers):
@@ -140,24 +145,30 @@ def _split(tensor: Tensor, sizes: list[int], num_groups: int) -> list[Tensor]:
     return [part.flatten(0, 1).contiguous() for part in parts]
 
 
-def nemo_config(hf: Any, tokenizer_directory: str, num_layers: int) -> dict[str, Any]:
+def nemo_config(
+    hf: Any, tokenizer_directory: str, num_layers: int, num_tokens: int
+) -> dict[str, Any]:
     """Return NeMo's model config for a Hugging Face config of the Llama family.
 
-    Raises:
-        ValueError: The model uses what NeMo's model has no key for.
+    Args:
+        hf: The config, whose fields hf_fields has checked.
+        tokenizer_directory: Where the tokenizer lies.
+        num_layers: Of the layers that are taken.
+        num_tokens: Of the tokenizer. NeMo makes the embedding so large, and pads it.
     """
-    if getattr(hf, "use_sliding_window", False) or (
-        hf.model_type == "mistral" and getattr(hf, "sliding_window", None)
-    ):
-        raise ValueError("source: sliding-window attention is not supported")
+    rows = -(-hf.vocab_size // ROW_MULTIPLE) * ROW_MULTIPLE
+    # A Qwen has more rows than tokens, and all of them take part in its softmax.
+    spare = {"override_vocab_size": rows} if rows >= num_tokens + ROW_MULTIPLE else {}
     return {
         **ARCHITECTURE,
         **{key: getattr(hf, hf_key, None) for (key, _), hf_key in SIZES.items()},
         "num_layers": num_layers,
         "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         "encoder_seq_length": hf.max_position_embeddings,
-        "qkv_bias": hf.model_type == "qwen2" or getattr(hf, "attention_bias", False),
-        **_nemo_rope_scaling(hf),
+        "qkv_bias": hf.model_type == "qwen2",
+        **_nemo_rope_scaling(hf.rope_scaling),
+        **spare,
+        "hugging_face": {name: getattr(hf, name) for name in KEPT},
         "tokenizer": {"library": "huggingface", "type": tokenizer_directory, "use_fast": True},
         # What every NeMo model's config has, whatever its architecture.
         "mcore_gpt": True,
@@ -168,7 +179,7 @@ def nemo_config(hf: Any, tokenizer_directory: str, num_layers: int) -> dict[str,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "ffn_dropout": 0.0,
-        "make_vocab_size_divisible_by": 128,
+        "make_vocab_size_divisible_by": ROW_MULTIPLE,
         "apply_query_key_layer_scaling": False,
         "precision": 32,
         "optim": {"name": "adamw", "lr": 1e-5},
@@ -176,27 +187,22 @@ def nemo_config(hf: Any, tokenizer_directory: str, num_layers: int) -> dict[str,
     }
 
 
-def _nemo_rope_scaling(hf: Any) -> dict[str, Any]:
+def _nemo_rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any]:
     """NeMo's keys for Hugging Face's `rope_scaling` (none, linear, llama3)."""
-    scaling = getattr(hf, "rope_scaling", None)
-    if not scaling:
+    if scaling is None:
         return {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "linear":
+    if scaling["rope_type"] == "linear":
         return {"seq_len_interpolation_factor": scaling["factor"]}
-    if kind == "llama3":
-        factors = {key: scaling[hf_key] for (key, _), hf_key in LLAMA3_ROPE.items()}
-        return {"scale_positional_embedding": True, **factors}
-    raise ValueError(f"source: expected rope_scaling linear or llama3, got {kind}")
+    factors = {key: scaling[hf_key] for (key, _), hf_key in LLAMA3_ROPE.items()}
+    return {"scale_positional_embedding": True, **factors}
 
 
-def hf_config(nemo: Any, vocab_size: int, tokens: dict[str, int | None]) -> Any:
+def hf_config(nemo: Any, kept: dict[str, Any]) -> Any:
     """Return the Hugging Face config of a NeMo model: LlamaConfig, or Qwen2Config with its biases.
 
     Args:
         nemo: NeMo's model config.
-        vocab_size: Without Megatron's padding.
-        tokens: bos_token_id, eos_token_id and pad_token_id.
+        kept: The fields that are named in KEPT.
 
     Raises:
         ValueError: The model is not one of the Llama family.
@@ -210,7 +216,7 @@ def hf_config(nemo: Any, vocab_size: int, tokens: dict[str, int | None]) -> Any:
                 f"source: expected a model of the Llama family ({key}: {expected}), got "
                 f"{key}: {nemo.get(key)}"
             )
-    for key in ("num_moe_experts", "window_size", "qk_layernorm"):
+    for key in OTHER_ARCHITECTURES:
         if nemo.get(key):
             raise ValueError(
                 f"source: expected a model of the Llama family, got one with {key}: {nemo[key]}"
@@ -219,10 +225,9 @@ def hf_config(nemo: Any, vocab_size: int, tokens: dict[str, int | None]) -> Any:
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or nemo.num_attention_heads
     sizes["head_dim"] = sizes["head_dim"] or nemo.hidden_size // nemo.num_attention_heads
     return (Qwen2Config if nemo.get("qkv_bias", False) else LlamaConfig)(
-        vocab_size=vocab_size,
         rope_scaling=_hf_rope_scaling(nemo),
         **sizes,
-        **tokens,
+        **kept,
     )
 
 

@@ -2,6 +2,8 @@
 
 from omegaconf import DictConfig
 
+from nemo_kd.process import say
+
 
 def check_layout(model: DictConfig, num_processes: int, section: str) -> int:
     """Return the data-parallel size; refuse a model that the parallel sizes do not divide.
@@ -38,6 +40,15 @@ def check_layout(model: DictConfig, num_processes: int, section: str) -> int:
                 f"num_layers, {model.num_layers}, got {pipeline_size}{virtual}"
             )
     return num_processes // replica_size
+
+
+def say_layout(model: DictConfig, num_processes: int, num_replicas: int) -> None:
+    """Say how the processes divide the model and the data among themselves."""
+    say(
+        f"layout {num_processes} process{'es' * (num_processes > 1)}: tensor "
+        f"{model.tensor_model_parallel_size} x pipeline {model.pipeline_model_parallel_size} x "
+        f"context {model.get('context_parallel_size', 1)} x data {num_replicas} parallel"
+    )
 
 
 def check_sequence_length(model: DictConfig, section: str, max_seq_length: int, key: str) -> None:

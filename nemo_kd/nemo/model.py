@@ -27,8 +27,16 @@ from nemo_kd.nemo.data import (
     check_section,
     training_blend,
 )
+from nemo_kd.nemo.nemo_file import warn_of_missing_begin
 from nemo_kd.nemo.summary import Consumed
-from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, MeanTerms, micro_batch_means, token_terms
+from nemo_kd.student.terms import (
+    KD_TERMS,
+    SFT_TERMS,
+    MeanTerms,
+    micro_batch_means,
+    micro_batch_share,
+    token_terms,
+)
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
@@ -167,14 +175,17 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         check_section(data_cfg, self.cfg, is_train)
         rest = (data_cfg, self.cfg, self.tokenizer, self.kd_config)
         if is_train:
-            return training_blend(*rest, max_steps=self.trainer.max_steps)
-        datasets = []
+            blend = training_blend(*rest, max_steps=self.trainer.max_steps)
+            warn_of_missing_begin(self.tokenizer, blend.datasets)
+            return blend
+        datasets: list[Any] = []
         for path in data_cfg.file_names:
             if path in caches_of(data_cfg):
                 datasets.append(cache_dataset(path, *rest))
             else:  # a jsonl, which NeMo builds by itself
                 alone = OmegaConf.merge(data_cfg, {"file_names": [path]})
                 datasets += super()._build_dataset(alone, is_train=False)
+        warn_of_missing_begin(self.tokenizer, datasets)
         return datasets
 
     def build_data_loader(
@@ -242,7 +253,11 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         batch, _, _ = next(dataloader_iter)  # as NeMo's fwd_bwd_step would take it
         self.consumed.add(batch)
-        self._micro_batch_share = micro_batch_share(batch["loss_mask"])
+        self._micro_batch_share = micro_batch_share(
+            batch["loss_mask"].to(torch.cuda.current_device()),
+            get_num_microbatches(),
+            parallel_state.get_data_parallel_group(),
+        )
         return super().training_step_fwd_bwd_step_call(iter([batch]), forward_only)
 
     def fwd_bwd_step(
@@ -306,22 +321,6 @@ def slice_packed_rows(micro_batch: MicroBatch) -> None:
     micro_batch.rows = {
         name: value.index_select(1, index) for name, value in micro_batch.rows.items()
     }
-
-
-def micro_batch_share(loss_mask: Tensor) -> Tensor:
-    """What a micro batch's loss is multiplied by, so that empty ones weigh nothing.
-
-    NeMo divides the sum of the micro batches' losses by their number. This is their number over
-    that of those with a supervised token, in all replicas.
-
-    Args:
-        loss_mask: [B, S] of this replica's global batch, which is cut into equal micro batches.
-    """
-    supervised = loss_mask.reshape(get_num_microbatches(), -1).any(dim=1).float()
-    counts = torch.stack([torch.ones_like(supervised), supervised]).sum(1)
-    counts = counts.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    return counts[0] / counts[1].clamp(min=1)
 
 
 def means_on_every_rank(terms: MeanTerms) -> tuple[dict[str, Tensor], Tensor]:

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
@@ -95,6 +97,25 @@ def save_nemo(model: Any, path: str) -> None:
         shutil.rmtree(directory)
 
 
+def fingerprint_checkpoint(name: str, settings: str = "") -> str:
+    """Hash a .nemo, a file or a directory, after `settings`.
+
+    Of each file the size and some blocks are read, so that 700 GB take no longer than 1 GB.
+    """
+    block, num_blocks = 1 << 16, 64
+    path = Path(name)
+    digest = xxhash.xxh3_128(settings.encode())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with open(file, "rb") as stream:
+            for number in range(num_blocks):
+                stream.seek(number * max(0, size - block) // (num_blocks - 1))
+                digest.update(stream.read(block))
+    return digest.hexdigest()
+
+
 def check_target(path: Any, source: str) -> None:
     """Try that a .nemo can be written, before a run that ends with it.
 
@@ -166,3 +187,27 @@ def read_tokenizer(path: Path, key: str) -> Any:
             legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
             **files,
         )
+
+
+def begin_token(tokenizer: Any) -> str | None:
+    """The token that a Hugging Face tokenizer puts before each text; NeMo puts none there."""
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if begins else None
+
+
+def warn_of_missing_begin(tokenizer: Any, datasets: list[Any]) -> None:
+    """Warn, on rank 0, of NeMo's datasets whose samples lack the model's begin token."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(tokenizer, "tokenizer", None)
+    if torch.distributed.get_rank() or not isinstance(own, PreTrainedTokenizerBase):
+        return
+    begin = begin_token(own)
+    for dataset in datasets:
+        if begin and list(dataset[0]["input_ids"][:1]) != [own.bos_token_id]:
+            print(
+                f"warning: {dataset.file_path}: its samples lack {begin}, which the model expects "
+                "before each text, and without which its distributions are others: dump with "
+                "data.add_bos=true, or begin system_turn_start of a chat with it",
+                file=sys.stderr,
+            )

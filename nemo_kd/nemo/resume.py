@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from nemo_kd.nemo.run_directory import checkpoint_directory, prepare
 from nemo_kd.nemo.trainer import on_rank_zero
-from nemo_kd.process import exit_stopped
+from nemo_kd.process import exit_stopped, say
 
 
 def start_exp_manager(
@@ -56,8 +56,7 @@ def start_exp_manager(
     if directory is not None and settings is not None:
         # The other ranks wait, so that they find the directory as rank 0 leaves it.
         line = on_rank_zero(lambda: prepare(directory, settings, allow_changes))
-        if trainer.is_global_zero:
-            print(line)
+        say(line)
     elif not any(config.get(key) for key in ("resume_if_exists", "explicit_log_dir", "version")):
         # NeMo names the directory by the time, which differs among ranks.
         config.version = on_rank_zero(lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))

@@ -18,7 +18,7 @@ from nemo.utils.model_utils import uninject_model_parallel_rank
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.nemo.sources import fingerprint_checkpoint
+from nemo_kd.nemo.nemo_file import fingerprint_checkpoint
 
 _SETTINGS_NAME = "settings.json"
 # Keys of `model.data.train_ds` that decide what a step sees.

@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.data import ConcatDataset
 from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
 from nemo_kd.config import DataConfig
+from nemo_kd.nemo.nemo_file import fingerprint_checkpoint, warn_of_missing_begin
 
 # Keys of `teacher` that leave the logits as they are.
 _NOT_IN_FINGERPRINT = (
@@ -108,6 +108,7 @@ def build_samples(model: Any, data: DataConfig, sources: list[SourceFile]) -> Co
     datasets = model._build_dataset(settings, is_train=False)
     for dataset in datasets:
         dataset.is_test = False  # when true, a missing label counts as an empty one
+    warn_of_missing_begin(model.tokenizer, datasets)
     return ConcatDataset(datasets)
 
 
@@ -128,22 +129,3 @@ def fingerprint_teacher(config: DictConfig) -> str:
     settings = {key: teacher[key] for key in teacher if key not in _NOT_IN_FINGERPRINT}
     content = json.dumps([settings, str(config.trainer.precision)], sort_keys=True)
     return fingerprint_checkpoint(config.teacher.restore_from_path, content)
-
-
-def fingerprint_checkpoint(name: str, settings: str = "") -> str:
-    """Hash a .nemo, a file or a directory, after `settings`.
-
-    Of each file the size and some blocks are read, so that 700 GB take no longer than 1 GB.
-    """
-    block, num_blocks = 1 << 16, 64
-    path = Path(name)
-    digest = xxhash.xxh3_128(settings.encode())
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with open(file, "rb") as stream:
-            for number in range(num_blocks):
-                stream.seek(number * max(0, size - block) // (num_blocks - 1))
-                digest.update(stream.read(block))
-    return digest.hexdigest()

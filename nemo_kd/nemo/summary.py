@@ -1,4 +1,4 @@
-"""What a run did, in a few lines at its end."""
+"""What a training shows of itself: a bar, and at its end a few lines about what it did."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from megatron.core import parallel_state
+from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
+# Beside the bar: the metrics, and what they are called there.
+SHOWN = {
+    "reduced_train_loss": "loss",
+    "kd_loss": "kd",
+    "sft_loss": "sft",
+    "validation_loss": "val",
+}
 TRAINED = ("reduced_train_loss", "kd_loss", "sft_loss", "top1_agreement")
 
 
@@ -47,6 +55,11 @@ class ClosingSummary(Callback):
             f"{rate:,.0f} tokens/s in training",
         ]
 
+    def rate(self, consumed: "Consumed") -> float:
+        """Tokens per second so far, if all replicas' batches are as long as this one's."""
+        seconds = time.monotonic() - self._start_s - self._validation_s
+        return consumed.tokens * parallel_state.get_data_parallel_world_size() / seconds
+
     def report(self, trainer: Any, save_to: str | None) -> str:
         """What was done, the last metrics, and where the weights lie: after the save."""
         last_step = self._last_step or trainer.global_step
@@ -73,6 +86,32 @@ class ClosingSummary(Callback):
         return "\n  ".join(lines)
 
 
+class FittingBar(CustomProgressBar):
+    """NeMo's bar of a training, with few enough numbers for a line."""
+
+    def __init__(self, summary: ClosingSummary) -> None:
+        super().__init__()
+        self._summary = summary
+
+    def init_train_tqdm(self) -> Any:
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return bar
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        metrics = trainer.callback_metrics
+        shown = {short: f"{metrics[name]:.4g}" for name, short in SHOWN.items() if name in metrics}
+        return shown | {"tokens/s": f"{self._summary.rate(pl_module.consumed):,.0f}"}
+
+
+def follow(trainer: Any) -> ClosingSummary:
+    """Put our bar in the place of NeMo's, and return the summary that it reads."""
+    summary, bar = ClosingSummary(), trainer.progress_bar_callback
+    callbacks = [FittingBar(summary) if each is bar else each for each in trainer.callbacks]
+    trainer.callbacks = [*callbacks, summary]
+    return summary
+
+
 class Consumed:
     """Counts on the host, batch by batch, what this process has trained on."""
 
@@ -85,6 +124,11 @@ class Consumed:
         """Count a batch of NeMo's collate_fn, this replica's share of a global batch."""
         lengths = batch["token_count"]  # without padding
         self._counts += torch.tensor([len(lengths), sum(lengths), int(batch["loss_mask"].sum())])
+
+    @property
+    def tokens(self) -> int:
+        """Of this process alone."""
+        return int(self._counts[1])
 
     def totals(self) -> dict[str, int]:
         """The sums over the student's replicas, on every rank; a collective of all ranks."""

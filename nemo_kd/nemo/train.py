@@ -9,9 +9,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
-from nemo_kd.nemo.layout import check_layout, check_sequence_length
+from nemo_kd.nemo.console import report_short_fields
+from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
+from nemo_kd.process import say
 
 
 def check_settings(config: DictConfig) -> None:
@@ -33,7 +35,7 @@ def check_settings(config: DictConfig) -> None:
             "because the best checkpoint is what save_to gets"
         )
     if config.save_to is None and not writes_checkpoints and config.trainer.max_steps != 0:
-        print("warning: save_to and checkpoints are off: this run keeps no weights")
+        say("warning: save_to and checkpoints are off: this run keeps no weights")
     check_optimizer(config.model.optim)
     objective = config.model.get("knowledge_distillation", {})
     read_settings(DistillationConfig, objective, "model.knowledge_distillation")
@@ -78,6 +80,7 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
             the list of files differ in length.
     """
     num_replicas = check_layout(model, num_processes, "model")
+    say_layout(model, num_processes, num_replicas)
     for name in ("train_ds", "validation_ds"):
         dataset, key = model.data[name], f"model.data.{name}"
         if dataset.global_batch_size % (dataset.micro_batch_size * num_replicas):
@@ -117,6 +120,11 @@ def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
     for name in (*train_ds.file_names, *validation_ds.file_names):
         if not Path(name).exists():
             raise ValueError(f"model.data: expected a cache or a jsonl, found no {name}")
+    if not all(Path(name).is_dir() for name in train_ds.file_names):
+        raise ValueError(
+            f"model.data.train_ds.file_names: expected cache directories, got "
+            f"{list(train_ds.file_names)}; write them with examples/dump_teacher_topk.py"
+        )
     if config.trainer.accelerator == "cpu":
         cpu_backend.prepare_model_config(merged)
     return merged
@@ -144,7 +152,7 @@ def train_kd_sft(config: DictConfig) -> None:
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
     from nemo_kd.nemo.resume import exit_if_stopped, start_exp_manager
     from nemo_kd.nemo.run_directory import settings_of
-    from nemo_kd.nemo.summary import ClosingSummary
+    from nemo_kd.nemo.summary import follow
 
     with open_dict(config):
         config.model = model_config  # the trainer's plugins read keys that only the .nemo has
@@ -160,9 +168,9 @@ def train_kd_sft(config: DictConfig) -> None:
         from nemo_kd.nemo.lora import add_adapters
 
         add_adapters(model, config.model.peft)
-    summary = ClosingSummary()
-    trainer.callbacks.append(summary)
+    summary = follow(trainer)
     (trainer.validate if validates else trainer.fit)(model)
+    report_short_fields()
     if validates:
         return
     exit_if_stopped(trainer)

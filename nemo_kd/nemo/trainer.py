@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from nemo_kd.nemo import cpu_backend
+from nemo_kd.nemo.console import quiet_host
 
 # Keys of a model's config that decide the process groups and the number of micro batches; NeMo has
 # a default for each.
@@ -47,7 +48,7 @@ def prepare_accelerator(config: DictConfig) -> None:
             "trainer.accelerator=gpu, but torch sees no CUDA device; set trainer.accelerator=cpu "
             "to run the same code on the CPU"
         )
-    drop_noise()
+    quiet_host()
 
 
 def take_over_launcher(config: DictConfig) -> None:
@@ -138,10 +139,3 @@ def on_rank_zero(function: Any, group: Any = None) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def drop_noise() -> None:
-    """Hide NeMo's warnings: one for each of some hundred fields that a checkpoint leaves out."""
-    from nemo.utils import logging
-
-    logging._logger.addFilter(lambda record: "does not have field.name" not in record.getMessage())

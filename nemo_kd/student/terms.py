@@ -46,6 +46,23 @@ def micro_batch_means(
     return means
 
 
+def micro_batch_share(
+    loss_mask: Tensor, num_micro_batches: int, data_group: ProcessGroup
+) -> Tensor:
+    """What a micro batch's loss is multiplied by, so that empty ones weigh nothing.
+
+    A host divides the sum of the micro batches' losses by their number. This is their number over
+    that of those with a supervised token, in all replicas. A collective of `data_group`.
+
+    Args:
+        loss_mask: [B, S] of this replica's global batch, which is cut into equal micro batches.
+    """
+    supervised = loss_mask.reshape(num_micro_batches, -1).any(dim=1).float()
+    counts = torch.stack([torch.ones_like(supervised), supervised]).sum(1)
+    torch.distributed.all_reduce(counts, group=data_group)
+    return counts[0] / counts[1].clamp(min=1)
+
+
 class MeanTerms:
     """Weighted means of named terms over micro batches, and then over ranks."""
 

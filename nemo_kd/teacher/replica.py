@@ -2,9 +2,10 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -53,9 +54,14 @@ class Replica:
     def _ask(self, *_: Any) -> None:
         self._asked = True
 
-    def claim_shards(self, writer: CacheWriter, shards: list[int]) -> Iterator[int]:
-        """The shards that this replica is to fill. It ends when all of `shards` are published."""
-        with closing(writer.claim_shards(shards, wait=self._wait)) as claims:
+    def claim_shards(
+        self, writer: CacheWriter, shards: list[int], on_wait: Callable[[], None]
+    ) -> Iterator[int]:
+        """The shards that this replica is to fill. It ends when all of `shards` are published.
+
+        Each time that all the missing ones are claimed by others, the leader calls `on_wait`.
+        """
+        with closing(writer.claim_shards(shards, wait=partial(self._wait, on_wait))) as claims:
             while True:
                 shard = [self._next(claims)]
                 # The other ranks wait here until the leader has a shard for them.
@@ -95,8 +101,9 @@ class Replica:
         except InterruptedError:
             return _STOP
 
-    def _wait(self) -> None:
+    def _wait(self, on_wait: Callable[[], None]) -> None:
         """Waits for _POLL_S seconds while other jobs work on the missing shards."""
+        on_wait()
         for _ in range(_POLL_S):
             if self._asked:
                 raise InterruptedError

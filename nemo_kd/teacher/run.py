@@ -7,7 +7,6 @@ So every micro batch depends on nothing but the shard and the manifest.
 """
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
-from tqdm import tqdm
 
 from nemo_kd.cache import CacheWriter
 from nemo_kd.cache.inspection import unsupervised
@@ -23,6 +21,7 @@ from nemo_kd.config import DataConfig
 from nemo_kd.process import shield_workers
 from nemo_kd.selection import TeacherRows
 from nemo_kd.teacher.forward import Teacher
+from nemo_kd.teacher.progress import Progress
 from nemo_kd.teacher.replica import Replica
 
 # How many micro batches are sorted by length together. Their rows wait in the CPU's memory.
@@ -92,36 +91,21 @@ class TeacherRun:
 
     def fill(self, shards: list[int], shows_progress: bool) -> None:
         """Fills `shards` of the cache; returns when all of them are published."""
-        manifest = self.writer.manifest
         missing = self.writer.missing_shards(shards)
         with (
-            tqdm(
-                desc=f"{self.writer.path.name}: {len(missing)} of {manifest.num_shards} shards",
-                total=sum(len(manifest.shard_samples(shard)) for shard in missing),
-                unit="sample",
-                disable=not (shows_progress and missing),
-                mininterval=1,
-            ) as bar,
-            closing(self.replica.claim_shards(self.writer, shards)) as claims,
+            Progress(self.writer, missing, shows_progress) as progress,
+            closing(self.replica.claim_shards(self.writer, shards, progress.wait)) as claims,
         ):
-            num_tokens, start = 0, time.monotonic()
             for shard in claims:
-                num_tokens += self._fill_shard(shard)
-                # One replica shows the bar, and counts what all have published meanwhile.
-                done = len(missing) - len(self.writer.missing_shards(missing))
-                bar.set_postfix_str(
-                    f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s a replica",
-                    refresh=False,
-                )
-                bar.update(min(bar.total, done * manifest.samples_per_shard) - bar.n)
+                self._fill_shard(shard, progress)
+                progress.look()
 
-    def _fill_shard(self, shard: int) -> int:
-        """Runs the teacher over one shard, which the leader writes; returns its tokens."""
+    def _fill_shard(self, shard: int, progress: Progress) -> None:
+        """Runs the teacher over one shard, which the leader writes."""
         indices = self.writer.manifest.shard_samples(shard)
         with self.writer.shard(shard) if self.replica.leads else nullcontext() as sink:
-            return sum(
-                self._fill_window(sink, first, items) for first, items in self._windows(indices)
-            )
+            for first, items in self._windows(indices):
+                self._fill_window(sink, first, items, progress)
 
     def _windows(self, indices: range) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """A shard's samples, tokenised, window by window: the first one's number, and all."""
@@ -136,8 +120,10 @@ class TeacherRun:
         shield_workers(loader)
         return ((window[0], items) for window, items in zip(windows, loader, strict=True))
 
-    def _fill_window(self, sink: Any, first: int, items: list[dict[str, Any]]) -> int:
-        """Adds a window's samples and their rows to `sink`, if there is one; returns its tokens."""
+    def _fill_window(
+        self, sink: Any, first: int, items: list[dict[str, Any]], progress: Progress
+    ) -> None:
+        """Adds a window's samples and their rows to `sink`, if there is one."""
         dataset = self.samples.datasets[0]
         size = self.data.micro_batch_size
         longest_first = sorted(range(len(items)), key=lambda index: -len(items[index]["input_ids"]))
@@ -154,10 +140,8 @@ class TeacherRun:
             counts = batch["loss_mask"].sum(1).tolist()
             parts = zip(*(tensor.split(counts) for tensor in rows), strict=True)
             rows_of |= {i: TeacherRows(*part) for i, part in zip(indices, parts, strict=True)}
-        num_tokens = 0
+            progress.add(len(indices), sum(len(items[i]["input_ids"]) for i in indices))
         for index, item in enumerate(items):
             sample = self.cut_sample(item, dataset)
-            num_tokens += len(sample[0])
             if sink is not None:
                 sink.add(*sample, *(tensor.numpy() for tensor in rows_of[index]))
-        return num_tokens
