@@ -68,6 +68,7 @@ def chat_cache(
         "dump_teacher_topk.py",
         *arguments,
         "data.chat=true",
+        "data.max_unsupervised_share=0.2",  # one of the seven is truncated before its answer
         f"data.max_seq_length={MAX_SEQ_LENGTH}",
         f"+teacher.encoder_seq_length={MAX_SEQ_LENGTH}",
     )

@@ -25,6 +25,7 @@ from nemo_kd.nemo.trainer import (
     on_rank_zero,
     prepare_accelerator,
 )
+from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
@@ -54,8 +55,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
         ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
             cache held stays.
     """
-    stored = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
     data, selection, cache = check_settings(config)
+    stored = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
     prepare_accelerator(config)
     teacher = _merge_teacher_config(config, stored, data)
     trainer = _start_megatron(config, teacher, data)
@@ -181,6 +182,7 @@ def check_settings(config: DictConfig) -> tuple[DataConfig, SelectionConfig, Cac
     Raises:
         ValueError: There is a key that nothing reads, or a setting does not fit.
     """
+    check_yaml_values(config, "dump_teacher_topk")
     refuse_unknown_keys(config, ("teacher", "data", "selection", "cache", "trainer"))
     return (
         read_settings(DataConfig, config.data, "data"),

@@ -15,8 +15,7 @@ from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo.console import quiet_host
 from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
 from nemo_kd.nemo.nemo_file import load_weights, read_model_config
-
-DTYPES = (None, "bfloat16", "float16", "float32")
+from nemo_kd.nemo.values import check_yaml_values
 
 
 def load_tokenizer(nemo: DictConfig) -> Any:
@@ -58,12 +57,11 @@ def export_hf_llama(config: DictConfig) -> None:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    check_yaml_values(config, "export_hf_llama")
     refuse_unknown_keys(config, ("source", "output", "dtype"))
     output = Path(config.output).absolute()
     if output.exists():
         raise ValueError(f"output: expected a new directory, but {config.output} exists")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype: expected null, bfloat16, float16 or float32, got {config.dtype}")
     quiet_host()
     nemo = read_model_config(config.source, "source")
     tokenizer = load_tokenizer(nemo)

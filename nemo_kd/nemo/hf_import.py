@@ -19,6 +19,7 @@ from nemo_kd.nemo.hf_fields import check_fields, check_gguf, read_rope
 from nemo_kd.nemo.hf_llama import nemo_config, to_megatron
 from nemo_kd.nemo.nemo_file import begin_token, save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
+from nemo_kd.nemo.values import check_yaml_values
 
 
 def load_source(source: Path) -> tuple[Any, Any]:
@@ -155,6 +156,7 @@ def import_hf_llama(config: DictConfig) -> None:
     Raises:
         ValueError: A key or a path does not fit, or the source is not a model of the Llama family.
     """
+    check_yaml_values(config, "import_hf_llama")
     refuse_unknown_keys(config, ("source", "output", "keep_layers"))
     output = Path(config.output).absolute()
     if output.suffix != ".nemo":

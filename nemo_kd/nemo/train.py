@@ -13,6 +13,7 @@ from nemo_kd.nemo.console import report_short_fields
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
+from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.process import say
 
 
@@ -22,12 +23,11 @@ def check_settings(config: DictConfig) -> None:
     Raises:
         ValueError: There is a key that nothing reads, or a setting that has no meaning.
     """
+    check_yaml_values(config, "train_kd_sft")
     sections = ("name", "save_to", "save_checkpoint", "resume_changed", "trainer", "exp_manager")
     refuse_unknown_keys(config, (*sections, "model"))
     if config.save_to is not None and config.trainer.max_steps != 0:
         check_target(config.save_to, config.model.restore_from_path)
-    if config.save_checkpoint not in ("last", "best"):
-        raise ValueError(f"expected save_checkpoint=last or best, got {config.save_checkpoint!r}")
     writes_checkpoints = (config.exp_manager or {}).get("create_checkpoint_callback", False)
     if config.save_checkpoint == "best" and not (writes_checkpoints and config.save_to):
         raise ValueError(
@@ -136,8 +136,8 @@ def train_kd_sft(config: DictConfig) -> None:
     Raises:
         ValueError: A setting, the student or a cache does not fit.
     """
-    student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
     check_settings(config)  # before prepare_accelerator, which replaces what a CPU cannot do
+    student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
     asked = config.copy()
     prepare_accelerator(config)
     validates = config.trainer.max_steps == 0

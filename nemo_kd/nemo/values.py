@@ -1,0 +1,157 @@
+"""What the values of the four YAML files may be, where their defaults do not say it."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
+from nemo_kd.values import (
+    ANY,
+    NULL,
+    TEXT,
+    TEXTS,
+    Rule,
+    check_values,
+    either,
+    list_of,
+    number,
+    one_of,
+    whole,
+)
+
+_CONF = Path(__file__).parents[1] / "conf"
+_TEXT_OR_NULL = either(TEXT, NULL)
+_SHARE = number(0, 1)
+_BETA = Rule("a number from 0, below 1", lambda value: number(0, 1).holds(value) and value != 1)
+_WEIGHT_INIT = one_of("xavier", "normal", "kaiming", "zero")
+_METRICS = ("loss", "exact_string_match", "rouge", "accuracy", "average_precision", "f1")
+_CHAT_TOKENS = either(NULL, Rule("a mapping {...}", lambda value: isinstance(value, dict)))
+_PRECISIONS = ("bf16-mixed", "bf16", "16-mixed", "bf16-true", "16-true", "32-true", "16", "32")
+
+_TRAINER = {
+    "trainer.accelerator": one_of("gpu", "cpu"),
+    "trainer.precision": one_of(*_PRECISIONS, 16, 32),
+    "trainer.logger": one_of(False),
+    "trainer.enable_checkpointing": one_of(False),
+    "trainer.use_distributed_sampler": one_of(False),
+}
+# Of NeMo's SFT data, in both runs.
+_DATA = {
+    "file_names": TEXTS,
+    "num_workers": whole(0),
+    "sep_id": whole(0),
+    "truncation_method": one_of("left", "right"),
+    "index_mapping_dir": _TEXT_OR_NULL,
+    "memmap_workers": either(whole(1), NULL),
+    "seed": whole(0),
+}
+_TRAIN = {
+    "save_to": either(NULL, Rule("a path", lambda value: type(value) is str)),
+    "save_checkpoint": one_of("last", "best"),
+    "trainer.max_epochs": either(one_of(-1), whole(1)),
+    "trainer.max_steps": whole(0),
+    "trainer.val_check_interval": either(
+        whole(1), Rule("a share of 1.0", lambda value: type(value) is float and 0 < value <= 1)
+    ),
+    "trainer.limit_val_batches": either(whole(0), _SHARE),
+    "trainer.gradient_clip_val": either(number(), NULL),
+    "exp_manager.explicit_log_dir": _TEXT_OR_NULL,
+    "exp_manager.exp_dir": _TEXT_OR_NULL,
+    "exp_manager.wandb_logger_kwargs.*": _TEXT_OR_NULL,
+    "exp_manager.checkpoint_callback_params.mode": one_of("min", "max"),
+    "exp_manager.checkpoint_callback_params.save_top_k": whole(-1),
+    "model.seed": whole(0),
+    "model.activations_checkpoint_granularity": either(one_of("selective", "full"), NULL),
+    "model.activations_checkpoint_method": either(one_of("uniform", "block"), NULL),
+    "model.activations_checkpoint_num_layers": either(whole(1), NULL),
+    "model.activations_checkpoint_layers_per_pipeline": either(whole(0), NULL),
+    "model.hidden_dropout": _SHARE,
+    "model.attention_dropout": _SHARE,
+    "model.sep_id": whole(0),
+    "model.knowledge_distillation.*": ANY,  # read_settings checks them, schedules included
+    "model.peft.peft_scheme": either(one_of("lora"), NULL),
+    "model.peft.restore_from_path": _TEXT_OR_NULL,
+    "model.peft.lora_tuning.variant": one_of("nemo", "canonical"),
+    "model.peft.lora_tuning.target_modules": list_of(
+        one_of(
+            *("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"),
+            *("attention", "mlp", "all"),
+        )
+    ),
+    "model.peft.lora_tuning.alpha": either(number(), NULL),
+    "model.peft.lora_tuning.adapter_dropout": _SHARE,
+    "model.peft.lora_tuning.dropout_position": one_of("post", "pre"),
+    "model.peft.lora_tuning.column_init_method": _WEIGHT_INIT,
+    "model.peft.lora_tuning.row_init_method": _WEIGHT_INIT,
+    "model.peft.lora_tuning.layer_selection": either(list_of(whole(1)), NULL),
+    "model.peft.lora_tuning.position_embedding_strategy": either(
+        one_of("add", "biasadd", "concat", "mlpconcat"), NULL
+    ),
+    "model.data.chat_prompt_tokens": _CHAT_TOKENS,
+    "model.data.sample_weight": one_of("token", "constant"),
+    "model.data.train_ds.concat_sampling_probabilities": either(list_of(number()), NULL),
+    "model.data.validation_ds.names": either(TEXTS, NULL),
+    "model.data.validation_ds.metric.name": one_of(*_METRICS),
+    "model.data.validation_ds.metric.average": either(one_of("micro", "macro", "weighted"), NULL),
+    "model.data.validation_ds.metric.num_classes": either(whole(2), NULL),
+    "model.data.validation_ds.output_file_path_prefix": _TEXT_OR_NULL,
+    "model.data.validation_ds.tokens_to_generate": whole(0),
+    "model.optim.betas": list_of(_BETA, 2),
+    "model.optim.sched.warmup_steps": whole(0),
+    **{
+        f"model.data.{name}.{k}": v
+        for name in ("train_ds", "validation_ds")
+        for k, v in _DATA.items()
+    },
+}
+_RULES = {
+    "train_kd_sft": {"model.restore_from_path": TEXT, **_TRAINER, **_TRAIN},
+    "dump_teacher_topk": {
+        "teacher.restore_from_path": TEXT,
+        **_TRAINER,
+        **{f"data.{key}": rule for key, rule in _DATA.items()},
+        "data.chat_prompt_tokens": _CHAT_TOKENS,
+        "data.max_unsupervised_share": _SHARE,
+        "selection.*": ANY,  # read_settings checks them
+        "cache.path": TEXT,
+        "cache.shards": either(TEXT, whole(0), NULL),
+    },
+    "import_hf_llama": {
+        **dict.fromkeys(("source", "output"), TEXT),
+        "keep_layers": either(list_of(whole(0)), NULL),
+    },
+    "export_hf_llama": {
+        **dict.fromkeys(("source", "output"), TEXT),
+        "dtype": either(one_of("bfloat16", "float16", "float32"), NULL),
+    },
+}
+
+
+def check_yaml_values(config: Any, name: str) -> None:
+    """Check every value of a run's config against conf/NAME.yaml, before anything is read.
+
+    Raises:
+        ValueError: A value is missing, or none that the run can take; names the key.
+    """
+    check_values(config, OmegaConf.load(_CONF / f"{name}.yaml"), _RULES[name])
+    if name == "train_kd_sft" and config.get("exp_manager"):
+        check_monitor(config)
+
+
+def check_monitor(config: Any) -> None:
+    """Refuse a monitor that no validation logs: the first checkpoint would fail.
+
+    Raises:
+        ValueError: There is no such metric.
+    """
+    key = "exp_manager.checkpoint_callback_params.monitor"
+    monitor = OmegaConf.select(config, key)
+    data = config.model.data.validation_ds
+    names = data.get("names") or [f"dataloader{i}" for i in range(len(data.file_names))]
+    known = ["validation_loss", "val_loss"]
+    for name, path in zip(names, data.file_names, strict=False):
+        terms = KD_TERMS if Path(path).is_dir() else SFT_TERMS
+        known += [f"validation_{term}_{name}" for term in ("loss", *terms)]
+    if monitor is not None and monitor not in known:
+        raise ValueError(f"{key}: expected one of {', '.join(known)}, got {monitor!r}")
