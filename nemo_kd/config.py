@@ -12,6 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.selection import SelectionConfig
 
+# The keys of NeMo's chat_prompt_tokens.
+_CHAT_TOKENS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -24,7 +27,6 @@ class DataConfig:
     file_names: tuple[str, ...] = ()
     micro_batch_size: int = 4
     max_seq_length: int = 4096
-    min_seq_length: int = 1
     max_unsupervised_share: float = 0.1
     prompt_template: str = "{input} {output}"
     label_key: str = "output"
@@ -45,9 +47,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.file_names:
             raise ValueError("expected file_names=[train.jsonl,...], got none")
-        for name in ("micro_batch_size", "max_seq_length", "min_seq_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        # The first token is never predicted.
+        for name, lowest in ("micro_batch_size", 1), ("max_seq_length", 2):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"expected {name} >= {lowest}, got {getattr(self, name)}")
         if not 0 <= self.max_unsupervised_share <= 1:
             raise ValueError(
                 f"expected max_unsupervised_share from 0 to 1, got {self.max_unsupervised_share}"
@@ -57,18 +60,50 @@ class DataConfig:
                 f"expected truncation_method left or right, got {self.truncation_method!r}"
             )
         if self.chat:
-            return
+            self._check_chat_tokens()
+        else:
+            self._check_template()
+
+    def _check_template(self) -> None:
         if not self.prompt_template.endswith(f"{{{self.label_key}}}"):
             raise ValueError(
                 f"expected prompt_template to end in {{{self.label_key}}}, the label_key, got "
                 f"{self.prompt_template!r}"
             )
-        unknown = set(self.truncation_field.split(",")) - set(self.keys)
-        if self.truncation_field and unknown:
+        try:
+            self.escaped_template.encode().decode("unicode_escape")  # as NeMo reads it
+        except UnicodeDecodeError as error:
             raise ValueError(
-                f"expected truncation_field among prompt_template's keys {self.keys}, got "
-                f"{self.truncation_field!r}"
-            )
+                f"expected a prompt_template whose backslashes are escapes such as \\n, got "
+                f"{self.prompt_template!r}: {error.reason}"
+            ) from error
+        keys = self.keys
+        for field in self.truncation_field.split(","):
+            if keys.count(field) != 1:
+                raise ValueError(
+                    f"expected truncation_field to name keys that prompt_template has once, of "
+                    f"{', '.join(keys)}, got {self.truncation_field!r}"
+                )
+
+    def _check_chat_tokens(self) -> None:
+        tokens = self.chat_prompt_tokens
+        if tokens is None:
+            return
+        for problem, names in (
+            ("no", [name for name in _CHAT_TOKENS if name not in tokens]),
+            ("an unknown", [name for name in tokens if name not in _CHAT_TOKENS]),
+            ("no text as", [name for name, text in tokens.items() if not _is_text(text)]),
+        ):
+            if names:
+                raise ValueError(
+                    f"expected chat_prompt_tokens with a text for each of "
+                    f"{', '.join(_CHAT_TOKENS)}, got {problem} {names[0]}"
+                )
+
+    @property
+    def escaped_template(self) -> str:
+        """prompt_template as NeMo takes it: it would garble a letter that is not ASCII."""
+        return self.prompt_template.encode("ascii", "backslashreplace").decode()
 
     @property
     def keys(self) -> list[str]:
@@ -237,6 +272,10 @@ def refuse_unknown_keys(section: Iterable[Any], known: Iterable[str], where: str
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"{prefix}{key} is a key that nothing reads{hint}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _plain(section: Any) -> dict[str, Any]:

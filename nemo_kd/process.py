@@ -141,6 +141,9 @@ def user_errors() -> Iterator[None]:
         if rank() > 0:
             time.sleep(_PRECEDENCE_S)
         where = f" on rank {rank()}" if rank() > 0 else ""
-        sys.exit(f"error{where}: {error}  (HYDRA_FULL_ERROR=1 shows where)")
+        text = str(error)
+        if "Original Traceback" in text:  # from a data loader's worker: the last line is its error
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error{where}: {text}  (HYDRA_FULL_ERROR=1 shows where)")
     finally:
         close_bars()

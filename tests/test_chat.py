@@ -195,15 +195,15 @@ BAD_LINES: dict[str, tuple[dict[str, Any], str]] = {
     "no turns": ({"system": "", "conversations": []}, "a list of turns"),
     "a turn without a speaker": (
         {"system": "", "conversations": [TURN, {"value": "b"}]},
-        "turn 2: expected texts as from and value",
+        "turn 2: expected the keys from, value, found no from",
     ),
     "OpenAI's keys": (
         {"system": "", "conversations": [{"role": "user", "content": "a"}]},
-        "turn 1: expected texts as from and value",
+        "turn 1: expected the keys from, value, found no from, value",
     ),
     "a label that is a number": (
         {"system": "", "conversations": [TURN, REPLY | {"label": 3}], "type": "VALUE_TO_TEXT"},
-        "turn 2: expected a text or null as label",
+        "turn 2: expected a text as label, got 3",
     ),
     "another type": (
         {"system": "", "conversations": [TURN, REPLY], "type": "TEXT"},
@@ -228,19 +228,19 @@ BAD_LINES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
     from nemo_kd.config import DataConfig
-    from nemo_kd.nemo.sources import check_source
+    from nemo_kd.nemo.lines import check_lines
 
     record, message = BAD_LINES[case]
     good = {"system": "", "conversations": [TURN, REPLY]}
     path = write_jsonl(tmp_path / "chat.jsonl", [good, record])
     data = DataConfig(file_names=(str(path),), chat=True)
     with pytest.raises(ValueError, match=r"chat.jsonl, line 2: ") as error:
-        check_source(str(path), data)
+        check_lines(str(path), data, "data")
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_what_nemo_takes_is_not_refused(name: str) -> None:
-    from nemo_kd.nemo.sources import fault_of_conversation
+    from nemo_kd.nemo.lines import _check_conversation
 
-    assert fault_of_conversation(CONVERSATIONS[name]) is None
+    assert not _check_conversation(CONVERSATIONS[name])

@@ -249,7 +249,10 @@ BAD = {
     "no such file": (["data.file_names=[nowhere.jsonl]"], "found no nowhere.jsonl"),
     "not JSON": (["data.file_names=[broken.jsonl]"], "broken.jsonl, line 2: not JSON"),
     "a key is missing": (["data.file_names=[keyless.jsonl]"], "keyless.jsonl, line 2: expected"),
-    "k above the vocabulary": (["selection.k=402"], "at most the vocabulary's 401, got 402"),
+    "k above the vocabulary": (
+        ["selection.k=402"],
+        "selection.k: expected an integer from 1 to 401, got 402",
+    ),
     "another cache": (["selection.k=4"], "selection.k: 8 against 4"),
     "no teacher": (["teacher.restore_from_path=nowhere.nemo"], "found no nowhere.nemo"),
     "a teacher that is no .nemo": (["teacher.restore_from_path=broken.jsonl"], "expected a .nemo"),

@@ -56,21 +56,39 @@ class CacheWriter:
             ValueError: the directory holds a cache with another manifest, or no cache at all;
                 nothing in it is touched.
         """
+        cls.check(path, manifest)
         path = Path(path).absolute()
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path}: expected a directory for the cache, found a file")
         path.mkdir(parents=True, exist_ok=True)
         if not (path / MANIFEST_NAME).exists():
             _create_manifest(path, manifest)
-        existing = read_record(Manifest, path / MANIFEST_NAME)
-        if differences := existing.differences(manifest):
-            raise ValueError(
-                f"{path} was written with other settings (the cache's against this run's): "
-                f"{'; '.join(differences)}. Delete it or choose another cache.path"
-            )
+        # Compared again, because another process may have created the cache since.
+        existing = _compare(path, manifest)
         _remove_leftovers(path)
         # The stored one, not its equal: it may have 1 for 1.0, and the shards carry its seal.
         return cls(path, existing)
+
+    @staticmethod
+    def check(path: str | Path, manifest: Manifest) -> None:
+        """Refuse what `open` would refuse. Writes nothing.
+
+        Raises:
+            ValueError: as `open`; or the directory cannot be written.
+        """
+        path = Path(path).absolute()
+        there = next(each for each in (path, *path.parents) if each.exists())
+        if not there.is_dir():
+            raise ValueError(f"{path}: expected a directory for the cache, found the file {there}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{path}: expected to write the cache, but {there} is not writable")
+        names = os.listdir(path) if there == path else []
+        foreign = [name for name in names if not name.startswith(_TEMPORARY)]
+        if MANIFEST_NAME in foreign:
+            _compare(path, manifest)
+        elif foreign:
+            raise ValueError(
+                f"{path}: expected an empty directory or a cache, found {min(foreign)} and no "
+                f"{MANIFEST_NAME}; choose another cache.path"
+            )
 
     def missing_shards(self, shards: Iterable[int] | None = None) -> list[int]:
         """Those of `shards`, by default of all shards, that are not there yet; ascending."""
@@ -234,14 +252,19 @@ def _full_disk_named(path: Path, index: int) -> Iterator[None]:
         ) from error
 
 
+def _compare(path: Path, manifest: Manifest) -> Manifest:
+    """The manifest of the cache at `path`, which must equal this run's."""
+    existing = read_record(Manifest, path / MANIFEST_NAME)
+    if differences := existing.differences(manifest):
+        raise ValueError(
+            f"{path} was written with other settings (the cache's against this run's): "
+            f"{'; '.join(differences)}. Delete it or choose another cache.path"
+        )
+    return existing
+
+
 def _create_manifest(path: Path, manifest: Manifest) -> None:
     """Publish the manifest, unless another process is first."""
-    foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
-    if foreign and MANIFEST_NAME not in foreign:
-        raise ValueError(
-            f"{path}: expected an empty directory or a cache, found {min(foreign)} and no "
-            f"{MANIFEST_NAME}; choose another cache.path"
-        )
     temporary = _temporary_path(path)
     try:
         _write(temporary, record_bytes(manifest))

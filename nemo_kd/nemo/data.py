@@ -1,6 +1,8 @@
 """The student's data on NeMo: checks of a data section, caches as datasets, and the loader."""
 
 import os
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,18 +11,75 @@ from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils imp
     get_datasets_weights_and_num_samples,
 )
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_kd.cache import TopKCache
+from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.config import DataConfig, DistillationConfig, read_settings
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.nemo.dataset import GPTSFTKDDataset
+from nemo_kd.nemo.lines import check_lines, check_tokens
+from nemo_kd.nemo.nemo_file import tokenizer_of
 from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
 from nemo_kd.nemo.resume import WholePassSampler
+from nemo_kd.nemo.sources import index_directory, nemo_settings
 from nemo_kd.process import shield_workers
+from nemo_kd.student.fit import check_fits
 
 
 def caches_of(data: DictConfig) -> list[str]:
     """The cache directories among a data section's files."""
     return [path for path in data.file_names if os.path.isdir(path)]
+
+
+def check_files(model: DictConfig) -> None:
+    """Check caches and lines of jsonl files against the student, before its weights are read.
+
+    Args:
+        model: The model's config.
+
+    Raises:
+        ValueError: A cache does not fit the student or the objective, or a line of a jsonl is not
+            what NeMo takes.
+    """
+    tokenizer = tokenizer_of(model, Path(model.restore_from_path))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    objective = read_settings(
+        DistillationConfig, model.knowledge_distillation, "model.knowledge_distillation"
+    )
+    for section in "train_ds", "validation_ds":
+        data = model.data[section]
+        for path in data.file_names:
+            if os.path.isdir(path):
+                check_fits(
+                    TopKCache.open(path),
+                    objective.at(0),
+                    vocab_size=tokenizer.vocab_size,
+                    tokenizer_fingerprint=fingerprint,
+                    max_seq_length=data.max_seq_length,
+                )
+            else:
+                settings = jsonl_settings(data, model)
+                check_lines(path, settings, "model.data.validation_ds")
+                check_tokens(settings, tokenizer, "model.data.validation_ds")
+
+
+def jsonl_settings(data: DictConfig, model: DictConfig) -> DataConfig:
+    """What the samples of a validation jsonl are made with.
+
+    Args:
+        data: `model.data.validation_ds`.
+        model: The model's config.
+
+    Raises:
+        ValueError: A setting does not fit.
+    """
+    section: Any = OmegaConf.to_container(data, resolve=True)
+    own = {field.name: section[field.name] for field in fields(DataConfig) if field.name in section}
+    chat = {name: model.data[name] for name in ("chat", "chat_prompt_tokens")}
+    return read_settings(
+        DataConfig, own | chat | {"sep_id": model.sep_id}, "model.data.validation_ds"
+    )
 
 
 def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
@@ -66,6 +125,15 @@ def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
             )
 
 
+def jsonl_section(path: str, data: DictConfig, model: DictConfig) -> DictConfig:
+    """The section for a validation jsonl, as NeMo's own `_build_dataset` takes it."""
+    settings = jsonl_settings(data, model)
+    directory = index_directory(settings.index_mapping_dir, [fingerprint_file(path)])
+    own = {"file_names": [path], "index_mapping_dir": directory}
+    with open_dict(data):
+        return OmegaConf.merge(data, nemo_settings(settings) | own)
+
+
 def training_blend(
     data: DictConfig, model: DictConfig, tokenizer: Any, config: KDLossConfig, max_steps: int
 ) -> BlendableDataset:
@@ -99,7 +167,6 @@ def cache_dataset(
     settings = {
         "kd_config": config,
         "max_seq_length": data.max_seq_length,
-        "min_seq_length": data.min_seq_length,
         "pad_seq_length_to_mult": multiple * model.get("context_parallel_size", 1),
         "pad_to_max_length": data.get("pad_to_max_length", False),
         "ceil_to_power_2": data.get("ceil_to_power_2", False),

@@ -1,6 +1,7 @@
 """The teacher run on NeMo 2.4: checks and builds settings, data and model, and fills the cache."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.cache import CacheWriter, Manifest, TopKCache
 from nemo_kd.cache.inspection import unsupervised
-from nemo_kd.cache.manifest import tokenizer_fingerprint
+from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
-from nemo_kd.nemo.nemo_file import read_model_config
-from nemo_kd.nemo.sources import build_samples, check_source, cut_sample, fingerprint_teacher
+from nemo_kd.nemo.lines import check_lines, check_tokens
+from nemo_kd.nemo.nemo_file import read_model_config, tokenizer_of
+from nemo_kd.nemo.sources import build_samples, cut_sample, fingerprint_teacher
 from nemo_kd.nemo.trainer import (
     build_trainer,
     initialize_model_parallel,
@@ -41,7 +43,6 @@ _NOT_IN_MANIFEST = (
     "max_unsupervised_share",
     "memmap_workers",
     "micro_batch_size",
-    "min_seq_length",
     "num_workers",
 )
 # Settings of `selection` that shape the rows of each kind.
@@ -64,31 +65,20 @@ def dump_teacher_topk(config: DictConfig) -> None:
     # another job fills; this group of gloo's has its own.
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
     # Checked before the weights are read, so that a broken line costs seconds.
-    sources = on_rank_zero(lambda: [check_source(path, data) for path in data.file_names], everyone)
-    fingerprint = on_rank_zero(lambda: fingerprint_teacher(config), everyone)
+    manifest = on_rank_zero(lambda: _plan_cache(config, teacher, data, selection, cache), everyone)
     model = MegatronGPTSFTModel.restore_from(
         config.teacher.restore_from_path, override_config_path=teacher, trainer=trainer
     )
-    if selection.kind != "sample" and selection.k > model.tokenizer.vocab_size:
+    samples = build_samples(model, data, manifest.sources)
+    if len(samples) != manifest.num_samples:
         raise ValueError(
-            f"expected selection.k of at most the vocabulary's {model.tokenizer.vocab_size}, got "
-            f"{selection.k}; lower selection.k"
+            f"{list(data.file_names)}: expected {manifest.num_samples} samples, found "
+            f"{len(samples)}: a file has changed since this run began"
         )
-    samples = build_samples(model, data, sources)
     on_rank_zero(
         lambda: check_supervision(samples, cut_sample, data.max_unsupervised_share), everyone
     )
     forget_short_fields()
-    manifest = Manifest(
-        **_shaping_settings(data, selection),
-        codec=cache.codec,
-        vocab_size=model.tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
-        teacher_fingerprint=fingerprint,
-        sources=tuple(sources),
-        num_samples=len(samples),
-        samples_per_shard=cache.samples_per_shard,
-    )
     shards = parse_shards(cache.shards, manifest.num_shards)
     # Rank 0 creates the cache or refuses it before any other rank looks into it.
     writer = on_rank_zero(lambda: _open_cache(cache.path, manifest), everyone)
@@ -104,6 +94,37 @@ def dump_teacher_topk(config: DictConfig) -> None:
         raise
     if torch.distributed.get_rank() == 0:
         _report(writer, data)
+
+
+def _plan_cache(
+    config: DictConfig,
+    teacher: DictConfig,
+    data: DataConfig,
+    selection: SelectionConfig,
+    cache: CacheConfig,
+) -> Manifest:
+    """Check data, tokenizer and cache, and return what the cache will say of itself.
+
+    Raises:
+        ValueError: A line, a token, `selection.k`, `cache.shards` or what lies at `cache.path` does
+            not fit.
+    """
+    num_samples = sum(check_lines(path, data, "data") for path in data.file_names)
+    tokenizer = tokenizer_of(teacher, Path(config.teacher.restore_from_path))
+    check_tokens(data, tokenizer, "data")
+    manifest = Manifest(
+        **_shaping_settings(data, selection),
+        codec=cache.codec,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        teacher_fingerprint=fingerprint_teacher(config),
+        sources=tuple(map(fingerprint_file, data.file_names)),
+        num_samples=num_samples,
+        samples_per_shard=cache.samples_per_shard,
+    )
+    parse_shards(cache.shards, manifest.num_shards)
+    CacheWriter.check(cache.path, manifest)
+    return manifest
 
 
 def _report(writer: CacheWriter, data: DataConfig) -> None:

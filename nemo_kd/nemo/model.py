@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig, read_settings
@@ -25,9 +25,11 @@ from nemo_kd.nemo.data import (
     cache_dataset,
     caches_of,
     check_section,
+    jsonl_section,
     training_blend,
 )
 from nemo_kd.nemo.nemo_file import warn_of_missing_begin
+from nemo_kd.nemo.sources import name_line_in_errors
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.terms import (
     KD_TERMS,
@@ -183,8 +185,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             if path in caches_of(data_cfg):
                 datasets.append(cache_dataset(path, *rest))
             else:  # a jsonl, which NeMo builds by itself
-                alone = OmegaConf.merge(data_cfg, {"file_names": [path]})
-                datasets += super()._build_dataset(alone, is_train=False)
+                alone = jsonl_section(path, data_cfg, self.cfg)
+                (dataset,) = super()._build_dataset(alone, is_train=False)
+                name_line_in_errors(dataset)
+                datasets.append(dataset)
         warn_of_missing_begin(self.tokenizer, datasets)
         return datasets
 

@@ -162,7 +162,19 @@ def read_tokenizer(path: Path, key: str) -> Any:
         raise ValueError(f"{key}: expected a .nemo or a directory, found no {path}")
     if path.is_dir() and not (path / "model_config.yaml").exists():
         return get_nmt_tokenizer(library="huggingface", model_name=str(path), use_fast=True)
-    settings = read_model_config(str(path), key).tokenizer
+    return tokenizer_of(read_model_config(str(path), key), path)
+
+
+def tokenizer_of(config: DictConfig, path: Path) -> Any:
+    """Return the tokenizer that NeMo will have for a .nemo, without its weights.
+
+    Args:
+        config: The model's config, with the run's changes.
+        path: The .nemo, a file or unpacked, that holds the tokenizer's files.
+    """
+    from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
+
+    settings = config.tokenizer
     with tempfile.TemporaryDirectory() as unpacked:
         if path.is_file():
             with tarfile.open(path) as nemo:

@@ -12,7 +12,12 @@ from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import report_short_fields
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
-from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel, prepare_accelerator
+from nemo_kd.nemo.trainer import (
+    build_trainer,
+    initialize_model_parallel,
+    on_rank_zero,
+    prepare_accelerator,
+)
 from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.process import say
 
@@ -149,6 +154,7 @@ def train_kd_sft(config: DictConfig) -> None:
         config.exp_manager.resume_if_exists = False
     model_config = merge_model_config(config, student)
 
+    from nemo_kd.nemo.data import check_files
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
     from nemo_kd.nemo.resume import exit_if_stopped, start_exp_manager
     from nemo_kd.nemo.run_directory import settings_of
@@ -159,6 +165,7 @@ def train_kd_sft(config: DictConfig) -> None:
     trainer = build_trainer(config)
     check_batches(model_config, trainer.world_size)
     initialize_model_parallel(trainer, model_config)
+    on_rank_zero(lambda: check_files(model_config))
     settings = None if validates else settings_of(asked)
     start_exp_manager(trainer, config.exp_manager, settings, config.resume_changed)
     model = MegatronGPTSFTKDModel.restore_from(

@@ -39,6 +39,7 @@ _TRAINER = {
 # Of NeMo's SFT data, in both runs.
 _DATA = {
     "file_names": TEXTS,
+    "max_seq_length": whole(2),
     "num_workers": whole(0),
     "sep_id": whole(0),
     "truncation_method": one_of("left", "right"),

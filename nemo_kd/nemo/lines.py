@@ -1,0 +1,194 @@
+"""Checks each line of a jsonl before a model is read: it must be what NeMo's datasets take."""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from nemo_kd.config import DataConfig
+from nemo_kd.process import say
+
+# What NeMo's chat dataset reads of a line, and of each of its turns.
+_CHAT_KEYS = ("system", "conversations", "mask", "type")
+_TURN_KEYS = ("from", "value")
+
+
+def check_lines(path: str, data: DataConfig, section: str) -> int:
+    """Read a jsonl once; each line must be a JSON object that gives one of `data`'s samples.
+
+    Warns of keys that nothing reads.
+
+    Args:
+        path: The file.
+        data: The settings that its samples are made with.
+        section: Their place in the YAML, for the errors.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ValueError: A line is no such object, or there is none; names the file and the line.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{section}.file_names: expected jsonl files, found no {path}")
+    if not os.path.getsize(path):
+        raise ValueError(f"{path}: expected samples, found an empty file")
+    unread: set[str] = set()
+    blank = None  # the first of a row of empty lines, which NeMo ignores at the end of a file
+    num_samples = 0
+    for number, line in enumerate(_lines(path), 1):
+        if line in (b"\n", b""):
+            blank = blank or number
+            continue
+        if blank:
+            raise ValueError(f"{path}, line {blank}: expected a JSON object, got an empty line")
+        try:
+            record = _read_object(line)
+            unread |= _check_conversation(record) if data.chat else _check_fields(record, data)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        num_samples += 1
+    if not num_samples:
+        raise ValueError(f"{path}: expected samples, found only empty lines")
+    if unread:
+        say(
+            f"warning: {path}: nothing reads {', '.join(sorted(unread))} of its lines; the samples "
+            f"have only {', '.join(data.keys)}"
+        )
+    return num_samples
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    size = os.path.getsize(path)
+    bar = tqdm(
+        total=size, desc=f"checking {path}", unit="B", unit_scale=True, delay=2, disable=None
+    )
+    with open(path, "rb") as lines, bar:
+        for line in lines:
+            yield line
+            bar.update(len(line))
+
+
+def _read_object(line: bytes) -> dict[str, Any]:
+    """What NeMo reads: UTF-8, and in it one JSON object."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8, got {error}; convert the file") from error
+    except (ValueError, RecursionError) as error:
+        if line.startswith(b"\xef\xbb\xbf"):
+            raise ValueError(
+                "expected a JSON object, got a byte order mark before it; remove the file's first "
+                "three bytes"
+            ) from error
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {record!r:.60}")
+    return record
+
+
+def _check_fields(record: dict[str, Any], data: DataConfig) -> set[str]:
+    """Check what the prompt template takes of a line, and return the other keys."""
+    remedy = "mend the line, or set prompt_template and label_key to the file's keys"
+    _refuse_missing(record, data.keys, remedy)
+    for key in data.keys:
+        _check_text(record[key], key)
+    return record.keys() - data.keys
+
+
+def _check_conversation(record: dict[str, Any]) -> set[str]:
+    """Check what NeMo's chat dataset takes of a line, and return the other keys."""
+    _refuse_missing(record, ("system", "conversations"), "NeMo's chat format has both")
+    turns, masked, kind = record["conversations"], record.get("mask", "User"), record.get("type")
+    _check_text(record["system"], "system")
+    if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
+        raise ValueError(
+            f"expected a type of VALUE_TO_TEXT or TEXT_TO_VALUE, or none, got {kind!r:.60}"
+        )
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"expected conversations to be a list of turns, got {turns!r:.60}")
+    unread = record.keys() - _CHAT_KEYS
+    for number, turn in enumerate(turns, 1):
+        try:
+            unread |= _check_turn(turn, has_labels=kind is not None)
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from error
+    speakers = [turn["from"] for turn in turns]
+    if not isinstance(masked, str) or not set(masked.split(",")) <= set(speakers):
+        raise ValueError(
+            f"expected mask, the speakers that are not learnt from (default User), to name some of "
+            f"{', '.join(sorted(set(speakers)))}, separated by commas, got {masked!r:.60}"
+        )
+    # NeMo never learns from the first turn. It learns from the start of each masked turn after the
+    # second (TEXT_TO_VALUE: the first), and from the end of the last turn unless that is masked.
+    if len(turns) < (2 if kind == "TEXT_TO_VALUE" else 3) and speakers[-1] in masked:
+        raise ValueError(f"expected a turn to learn from, but mask {masked!r} leaves none")
+    return unread
+
+
+def _check_turn(turn: Any, has_labels: bool) -> set[str]:
+    if not isinstance(turn, dict):
+        raise ValueError(f"expected an object with from and value, got {turn!r:.60}")
+    _refuse_missing(turn, _TURN_KEYS, "NeMo's chat format has both")
+    for key in _TURN_KEYS:
+        _check_text(turn[key], key)
+    if has_labels and turn.get("label") is not None:
+        _check_text(turn["label"], "label")
+    return turn.keys() - _TURN_KEYS - ({"label"} if has_labels or not turn.get("label") else set())
+
+
+def _refuse_missing(record: dict[str, Any], keys: Any, remedy: str) -> None:
+    if missing := [key for key in keys if key not in record]:
+        raise ValueError(
+            f"expected the keys {', '.join(keys)}, found no {', '.join(missing)}; {remedy}"
+        )
+
+
+def _check_text(value: Any, key: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text as {key}, got {json.dumps(value):.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"expected whole characters in {key}, got {value[error.start]!r}, one half of a "
+            "surrogate pair, which no tokenizer can encode"
+        ) from error
+
+
+def check_tokens(data: DataConfig, tokenizer: Any, section: str) -> None:
+    """Check that the tokenizer has the tokens that `data` adds to a sample.
+
+    Args:
+        data: The settings.
+        tokenizer: NeMo's.
+        section: Their place in the YAML, for the errors.
+
+    Raises:
+        ValueError: It lacks one.
+    """
+    for key, token in ("add_bos", "bos_id"), ("add_eos", "eos_id"):
+        if getattr(data, key) and not data.chat and getattr(tokenizer, token) is None:
+            raise ValueError(
+                f"{section}.{key}: expected false, because the tokenizer has no such token, "
+                "got true"
+            )
+    if data.add_sep and not data.chat and not 0 <= data.sep_id < tokenizer.vocab_size:
+        raise ValueError(
+            f"sep_id: expected an id below the vocabulary's {tokenizer.vocab_size} with "
+            f"{section}.add_sep=true, got {data.sep_id}; set it to the token between prompt and "
+            "answer, or add_sep=false"
+        )
+    if data.chat and data.chat_prompt_tokens is None:
+        prefix = "\0"  # as NeMo has it, for tokenizers that add a space before a text
+        num_tokens = len(tokenizer.text_to_ids(f"{prefix}<extra_id_1>")) - len(
+            tokenizer.text_to_ids(prefix)
+        )
+        if num_tokens > 1:
+            say(
+                "warning: chat_prompt_tokens is null, so that NeMo's <extra_id_0>, <extra_id_1> "
+                f"and <extra_id_2> stand around the turns; this tokenizer has no such tokens, and "
+                f"writes each as {num_tokens}"
+            )
