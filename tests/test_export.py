@@ -221,7 +221,10 @@ def test_another_architecture_is_not_exported(key: str) -> None:
         (["source=nowhere.nemo", "output=hf"], "found no nowhere.nemo"),
         (["source=HF/config.json", "output=hf"], "expected a .nemo"),
         (["source=NEMO", "output=there"], "output: expected a new directory, but there exists"),
-        (["source=NEMO", "output=hf", "dtype=int4"], "dtype: expected one of 'bfloat16', 'float16', 'float32', or null"),
+        (
+            ["source=NEMO", "output=hf", "dtype=int4"],
+            "dtype: expected one of 'bfloat16', 'float16', 'float32', or null",
+        ),
         (["source=OTHER", "output=hf"], "of the Llama family (normalization: rmsnorm), got"),
     ],
     ids=["no source", "no .nemo", "output exists", "no such dtype", "another architecture"],

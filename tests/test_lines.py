@@ -139,7 +139,7 @@ def test_the_tokenizer_has_the_tokens(
     check_tokens(DataConfig(file_names=("a",), chat=True), tokenizer, "data")
     pieces = tokenizer.tokenizer.tokenize("<extra_id_1>")
     assert f"writes each as {len(pieces)}" in capsys.readouterr().err
-    tokenizer.tokenizer.bos_token = None
+    tokenizer.bos_token = None  # as NeMo leaves it for a tokenizer without one
     with pytest.raises(ValueError, match=r"data.add_bos: expected false"):
         check_tokens(DataConfig(file_names=("a",), add_bos=True), tokenizer, "data")
 
