@@ -238,3 +238,14 @@ def test_the_data_and_the_models_of_the_cluster_page(tmp_path: Path) -> None:
     assert len(heldout) == 1000
     assert sorted([*heldout, *train]) == sorted(lines)
     assert (tmp_path / "student" / "model_config.yaml").exists()
+
+
+def test_the_tests_of_the_reliability_page_exist() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| (?!fault|---)", line)]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"(tests/\w+\.py)::(\w+)", row.rsplit("|", 2)[-2])
+        assert named, row
+        for path, test in named:
+            assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE), row
