@@ -171,6 +171,8 @@ def plain_nemo_sft(
         config.model.data.train_ds.update(
             prompt_template=prompt, label_key="output", truncation_field="input"
         )
+        for section in "train_ds", "validation_ds":  # NeMo asks for it, and never reads it
+            config.model.data[section].min_seq_length = 1
         del config.model.knowledge_distillation
     merged = MegatronGPTSFTModel.merge_cfg_with(str(student), config)
     cpu_backend.prepare_model_config(merged)
