@@ -130,6 +130,11 @@ def _add_verify(commands: Any) -> None:
         help="also tokenise the source files, in the dump's order, and compare (needs NeMo)",
     )
     parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="with --against: the file that the dump had as data.chat_template",
+    )
+    parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
@@ -148,7 +153,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         if arguments.against is not None:
             from nemo_kd.nemo.compare import differences
 
-            faults = chain(faults, differences(cache, arguments.against, arguments.tokenizer))
+            against = (arguments.against, arguments.tokenizer, arguments.chat_template)
+            faults = chain(faults, differences(cache, *against))
         for fault in faults:
             num_faults += 1
             progress.write(fault, file=sys.stdout)

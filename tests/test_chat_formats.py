@@ -168,7 +168,7 @@ def test_tools_may_be_a_text() -> None:
         (
             "messages",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "turn 1: expected parts of type text",
+            "turn 1: expected only parts of type text",
         ),
         (
             "messages",
@@ -285,7 +285,7 @@ CHATML = (
 CHATML_MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA_3 = (
@@ -428,7 +428,7 @@ def test_thinking_and_tools(tokenizer: Any) -> None:
     last = Renderer(tokenizer, 1000, QWEN_3, train_on="last_assistant")(longer)
     assert shown(tokenizer, last).endswith("assistant\n⟦Yes<|im_end|>⟧\n")
     # Arguments of the template reach it: here the generation prompt has an empty thought.
-    with pytest.raises(ValueError, match="turn 4: "):
+    with pytest.raises(ValueError, match="turn 2: "):
         Renderer(tokenizer, 1000, QWEN_3, {"enable_thinking": False}).check(
             read(messages, tools=tools)
         )
@@ -461,16 +461,16 @@ def test_plain_texts_keep_each_character(hf_tokenizer: Any) -> None:
         return shown(tokenizer, Renderer(tokenizer, 1000, **more)(conversation))
 
     assert sample("def f():\n", "    return 1\n") == "def f():\n⟦    return 1\n</s>⟧"
-    assert sample("a", "b</s>") == "a⟦b</s>⟧"
-    assert sample("a", "b", add_eos=False) == "a⟦b⟧"
+    assert sample("a\n", "b</s>") == "a\n⟦b</s>⟧"
+    assert sample("a\n", "b", add_eos=False) == "a\n⟦b⟧"
     begins = copy.deepcopy(hf_tokenizer)
     from tokenizers import processors
 
     begins._tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)]
     )
-    assert sample("a", "b", begins) == "<s>a⟦b</s>⟧"
-    assert sample("<s>a", "b", begins) == "<s>a⟦b</s>⟧"
+    assert sample("a\n", "b", begins) == "<s>a\n⟦b</s>⟧"
+    assert sample("<s>a\n", "b", begins) == "<s>a\n⟦b</s>⟧"
 
 
 def test_where_the_template_comes_from(tokenizer: Any, tmp_path: Path) -> None:

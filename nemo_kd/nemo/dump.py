@@ -37,6 +37,7 @@ from nemo_kd.nemo.trainer import (
     prepare_accelerator,
 )
 from nemo_kd.nemo.values import check_yaml_values
+from nemo_kd.process import say
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
@@ -103,12 +104,19 @@ def dump_teacher_topk(config: DictConfig) -> None:
     try:
         run = TeacherRun(writer, replica, forward, samples, data, cut_sample)
         run.fill(shards, shows_progress)
-        # A rank that ended would take the job's process group from those that still fill a shard.
-        torch.distributed.barrier(everyone)
+        num_truncated = torch.tensor(run.num_truncated if replica.leads else 0)
+        # A sum over the replicas. It also keeps each rank until all shards are there: a rank that
+        # ended would take the job's process group from those that still fill a shard.
+        torch.distributed.all_reduce(num_truncated, group=everyone)
     except RuntimeError:  # gloo's, when a rank that this one waits for has ended, maybe by SIGTERM
         replica.stop_if_asked_alone()
         raise
     if torch.distributed.get_rank() == 0:
+        if num_truncated:
+            say(
+                f"{num_truncated} samples were longer than data.max_seq_length={data.max_seq_length} "
+                "and end after the last whole turn of the assistant that fits"
+            )
         _report(writer, data)
 
 
