@@ -109,8 +109,7 @@ def test_long_chats_are_cut_and_counted(
     dump = dump_arguments(nemos["untied"], file, tmp_path / "cache")
     dump = [each for each in dump if not each.startswith("data.prompt_template")]
     output = run_example("dump_teacher_topk.py", *dump, f"data.chat_template={template}")
-    longest = f"1 samples were longer than data.max_seq_length={MAX_SEQ_LENGTH}"
-    assert longest in output
+    assert f"truncated samples: 1 (data.max_seq_length={MAX_SEQ_LENGTH}; " in output
     text = shown(tmp_path / "cache", 0, hf_tokenizer)
     assert text.endswith("stone</s>⟧")
     assert text.count("⟦") == text.count("⟧")
@@ -120,7 +119,7 @@ def test_bad_input_is_one_clear_line(
     nemos: dict[str, Path], template: Path, tmp_path: Path
 ) -> None:
     (ask, answer) = LINES["messages"]["messages"]
-    good = LINES["messages"]
+    good, given = LINES["messages"], f"data.chat_template={template}"
     dropping = tmp_path / "dropping.jinja"  # a template that drops the answers before the last one
     dropping.write_text(
         "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<s>{{ m.content }}</s>"
@@ -130,14 +129,18 @@ def test_bad_input_is_one_clear_line(
         ([good], [], "the tokenizer has no chat template: set data.chat_template to a file"),
         ([good], ["data.chat_template=nowhere"], "data.chat_template: expected a file, found no"),
         ([good], ["data.format=mail"], "data.format: expected one of 'auto', 'prompt'"),
-        ([good], ["data.format=alpaca"], "data.jsonl, line 1: expected a text as instruction"),
+        (
+            [good],
+            ["data.format=alpaca", given],
+            "data.jsonl, line 1: expected a text as instruction",
+        ),
         ([good], ["data.format=prompt"], "line 1: expected the keys input, output, found no input"),
         ([{"text": "a"}], [], "data.jsonl, line 1: expected the keys of a known format"),
         ([good], ["data.train_on=first"], "data.train_on: expected one of 'all_assistant'"),
         ([good], ["data.chat=true", "data.format=messages"], "expected chat=false with format=me"),
         (
             [good, {"messages": [ask]}],
-            [f"data.chat_template={template}"],
+            [given],
             "data.jsonl, line 2: expected a turn of the assistant to learn from, found none",
         ),
         (
@@ -153,3 +156,33 @@ def test_bad_input_is_one_clear_line(
         assert message in output, output
         assert "Traceback" not in output
     assert not (tmp_path / "cache").exists()
+
+
+def test_show_prints_what_is_learnt(
+    nemos: dict[str, Path], template: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file as the dump makes it, and of a cache, with the teacher's choices."""
+    lines = [LINES["alpaca"] | {"output": f"{n} [b]"} for n in ("one", "two", "three", "four")]
+    file = write_jsonl(tmp_path / "data.jsonl", lines)
+    tokenizer = ["--tokenizer", str(nemos["untied"])]
+    show = ["show", str(file), "-n", "2", *tokenizer]
+    assert main([*show, f"data.chat_template={template}"]) == 0
+    output = capsys.readouterr().out
+    texts = [f"<s>user\n{QUESTION}</s>\n<s>assistant\n⟦{n} [b]</s>⟧\n" for n in ("one", "two")]
+    assert all(text in output for text in texts)
+    assert "three" not in output
+    assert main(show) == 1
+    assert "the tokenizer has no chat template" in capsys.readouterr().err
+    assert main([*show, "train_on=last_assistant"]) == 1
+    assert "expected keys of data, as in data.train_on=..." in capsys.readouterr().err
+
+    dump = dump_arguments(nemos["untied"], file, tmp_path / "cache")
+    dump = [each for each in dump if not each.startswith("data.prompt_template")]
+    run_example("dump_teacher_topk.py", *dump, f"data.chat_template={template}")
+    assert main(["show", str(tmp_path / "cache"), "-n", "1", *tokenizer]) == 0
+    output = capsys.readouterr().out
+    assert texts[0] in output
+    (sample, *_) = TopKCache.open(tmp_path / "cache")
+    for row in (0, -1):
+        probability = f"{2.718281828 ** float(sample.topk_log_probs[row].max()):.3f}"
+        assert probability in output

@@ -1,8 +1,8 @@
-"""Compares a cache with the source files that it was made of: `nemo-kd verify --against`."""
+"""Samples of source files, without a model: for `nemo-kd verify --against` and `nemo-kd show`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +12,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset i
     GPTSFTChatDataset,
 )
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
@@ -19,9 +20,15 @@ from nemo_kd.cache import TopKCache
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat import Renderer, as_jsonl
 from nemo_kd.config import DataConfig, read_settings
+from nemo_kd.nemo.lines import check_lines
 from nemo_kd.nemo.nemo_file import read_tokenizer
 from nemo_kd.nemo.rendered import renderer_of
-from nemo_kd.nemo.sources import cut_sample, fingerprint_source, rendered_dataset
+from nemo_kd.nemo.sources import (
+    cut_sample,
+    fingerprint_source,
+    rendered_dataset,
+    with_found_format,
+)
 
 # The settings of `data` that NeMo's datasets take under the same name.
 _SETTINGS = (
@@ -66,7 +73,8 @@ def differences(
     data = read_settings(DataConfig, settings | {"file_names": files}, "manifest.dataset")
     renderer = renderer_of(data, tokenizer)
     if renderer is not None and renderer.fingerprint != template_fingerprint:
-        yield f"{cache.path}: made with another chat template than {chat_template or tokenizer_path}"
+        path = chat_template or tokenizer_path
+        yield f"{cache.path}: made with another chat template than that of {path}"
         return
     # NeMo trusts an index that it finds. In a directory of its own it finds none.
     with TemporaryDirectory() as index_dir:
@@ -85,6 +93,37 @@ def differences(
             ):
                 if not np.array_equal(getattr(stored, name), value):
                     yield f"{cache.path}: sample {number}: {name} is not what the source gives"
+
+
+def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tuple[Any, Any, int]]:
+    """Yield tokens, loss mask and context length of each sample of a file, as the dump makes them.
+
+    Args:
+        path: the file.
+        overrides: as on the dump's command line, `data.KEY=VALUE`.
+        tokenizer: NeMo's.
+
+    Raises:
+        ValueError: a setting, or the file, does not fit.
+    """
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    if unknown := [key for key in given if key != "data"]:
+        raise ValueError(f"expected keys of data, as in data.train_on=..., got {unknown[0]}")
+    settings = given.get("data", {}) | {"file_names": [path]}
+    data = with_found_format(read_settings(DataConfig, settings, "data"))
+    renderer = renderer_of(data, tokenizer)
+    with TemporaryDirectory() as index_dir:
+        check_lines(as_jsonl(path, index_dir), data, "data", renderer)
+        samples = _samples(data, tokenizer, renderer, index_dir)
+        for number in range(len(samples)):
+            yield cut_sample(samples[number], samples.datasets[0])
+
+
+def token_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> text, special tokens included where the tokenizer can show them."""
+    own = getattr(tokenizer, "tokenizer", None)
+    decode: Callable[[list[int]], str] = tokenizer.ids_to_text if own is None else own.decode
+    return decode
 
 
 def _samples(

@@ -114,8 +114,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
     if torch.distributed.get_rank() == 0:
         if num_truncated:
             say(
-                f"{num_truncated} samples were longer than data.max_seq_length={data.max_seq_length} "
-                "and end after the last whole turn of the assistant that fits"
+                f"truncated samples: {num_truncated} (data.max_seq_length="
+                f"{data.max_seq_length}; each ends after the last turn of the assistant that fits)"
             )
         _report(writer, data)
 
