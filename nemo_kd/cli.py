@@ -1,7 +1,8 @@
 """The command nemo-kd.
 
 `dump`, `train`, `import-hf` and `export-hf` call the same functions as the scripts in examples/,
-with the same keys. `inspect`, `verify` and `import` are about a cache.
+with the same keys. `inspect`, `verify` and `import` are about a cache; `show` is about a cache or
+a file of SFT data.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -38,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Hydra reads what follows, also --cfg job; argparse does not see it.
         _run(given[0], given[1:])
         return 0
-    arguments = _parser().parse_args(given)
+    parser = _parser()
+    # argparse takes no list of words after an option.
+    arguments, rest = parser.parse_known_args(given)
+    arguments.overrides = [word for word in rest if re.match(r"\w[\w.]*=", word)]
+    if rest != arguments.overrides or (rest and arguments.command != "show"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(arguments.run(arguments))
     except (ValueError, OSError) as error:
@@ -57,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(command, help=f"{text}; keys: {name}.yaml", add_help=False)
     _add_inspect(commands)
     _add_verify(commands)
+    _add_show(commands)
     _add_import(commands)
     return parser
 
@@ -130,6 +138,11 @@ def _add_verify(commands: Any) -> None:
         help="also tokenise the source files, in the dump's order, and compare (needs NeMo)",
     )
     parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="with --against: the file that the dump had as data.chat_template",
+    )
+    parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
@@ -148,7 +161,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         if arguments.against is not None:
             from nemo_kd.nemo.compare import differences
 
-            faults = chain(faults, differences(cache, arguments.against, arguments.tokenizer))
+            against = (arguments.against, arguments.tokenizer, arguments.chat_template)
+            faults = chain(faults, differences(cache, *against))
         for fault in faults:
             num_faults += 1
             progress.write(fault, file=sys.stdout)
@@ -157,6 +171,55 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 1
     also = ", and every sample as in its source" if arguments.against else ""
     print(f"{cache.path}: {cache.num_shards} shards, every file as it was written{also}")
+    return 0
+
+
+# --- show
+
+
+def _add_show(commands: Any) -> None:
+    parser = commands.add_parser(
+        "show",
+        usage="nemo-kd show FILE|CACHE --tokenizer PATH [-n N] [data.KEY=VALUE ...]",
+        help="print samples, with what is learnt in colour",
+        description="Print samples of a file as the dump would make them, with the tokens that the "
+        "student learns in colour, before a teacher is run; or samples of a cache, with the "
+        "teacher's most probable choices. data.KEY=VALUE are keys of the dump, e.g. "
+        "data.train_on=last_assistant.",
+    )
+    parser.set_defaults(run=_show)
+    parser.add_argument("path", metavar="FILE|CACHE", help="a file of SFT data, or a cache")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        required=True,
+        help="a .nemo or a Hugging Face directory",
+    )
+    parser.add_argument("-n", type=int, default=3, metavar="N", help="samples; default 3")
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nemo_kd.nemo.compare import samples_of, token_decoder
+    from nemo_kd.nemo.console import quiet_host
+    from nemo_kd.nemo.nemo_file import read_tokenizer
+    from nemo_kd.show import show_choices, show_sample
+
+    quiet_host()
+    tokenizer = read_tokenizer(arguments.tokenizer, "--tokenizer")
+    decode, console = token_decoder(tokenizer), Console(highlight=False, soft_wrap=True)
+    if (Path(arguments.path) / "manifest.json").exists():
+        cache = TopKCache.open(arguments.path)
+        for number in range(min(arguments.n, len(cache))):
+            sample = cache[number]
+            show_sample(console, number, sample.tokens, sample.loss_mask, decode)
+            show_choices(console, sample, decode)
+        return 0
+    samples = samples_of(arguments.path, arguments.overrides, tokenizer)
+    for number, (tokens, loss_mask, _) in zip(range(arguments.n), samples, strict=False):
+        show_sample(console, number, tokens, loss_mask, decode)
     return 0
 
 

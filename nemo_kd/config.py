@@ -4,11 +4,12 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.chat.formats import FORMATS, RENDERED
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.selection import SelectionConfig
 
@@ -20,11 +21,17 @@ _CHAT_TOKENS = ("system_turn_start", "turn_start", "label_start", "end_of_turn",
 class DataConfig:
     """The teacher run's `data`: what NeMo's SFT data keys of these names mean, and its defaults.
 
+    `format` and the keys below it are ours.
+
     Raises:
         ValueError: A required key is missing or a number is out of its range.
     """
 
     file_names: tuple[str, ...] = ()
+    format: str = "auto"
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    train_on: str = "all_assistant"
     micro_batch_size: int = 4
     max_seq_length: int = 4096
     max_unsupervised_share: float = 0.1
@@ -59,10 +66,33 @@ class DataConfig:
             raise ValueError(
                 f"expected truncation_method left or right, got {self.truncation_method!r}"
             )
-        if self.chat:
+        self._check_format()
+        if self.chat or self.format == "nemo_chat":
             self._check_chat_tokens()
-        else:
+        elif self.format in ("auto", "prompt"):
             self._check_template()
+
+    def _check_format(self) -> None:
+        if self.format not in ("auto", *FORMATS):
+            raise ValueError(f"expected format auto, {', '.join(FORMATS)}, got {self.format!r}")
+        if self.chat and self.format not in ("auto", "nemo_chat"):
+            raise ValueError(
+                f"expected chat=false with format={self.format}, got true: chat=true stands for "
+                "format=nemo_chat"
+            )
+        if self.train_on not in ("all_assistant", "last_assistant"):
+            raise ValueError(
+                f"expected train_on all_assistant or last_assistant, got {self.train_on!r}"
+            )
+
+    @property
+    def is_rendered(self) -> bool:
+        """Whether this package makes the samples, and not the host's dataset."""
+        return self.format in RENDERED
+
+    def with_format(self, found: str) -> "DataConfig":
+        """The settings for files of this format, as `nemo_kd.chat.format_of` finds it."""
+        return replace(self, format=found, chat=found == "nemo_chat")
 
     def _check_template(self) -> None:
         if not self.prompt_template.endswith(f"{{{self.label_key}}}"):

@@ -98,7 +98,10 @@ def test_any_value_of_any_key(
         elif "found no nowhere" not in line:
             section = key.rpartition(".")[0]
             assert section in line or key in line, f"{key}={value}: {line}"
-    wrong = {"{}": {"data.chat_prompt_tokens", "model.data.chat_prompt_tokens"}, "[]": set()}
+    mappings = {"data.chat_prompt_tokens", "model.data.chat_prompt_tokens"}
+    for section in "data", "model.data.validation_ds":
+        mappings.add(f"{section}.chat_template_kwargs")
+    wrong = {"{}": mappings, "[]": set()}
     if value in wrong:
         assert {key for key in taken if "knowledge_distillation" not in key} <= wrong[value]
 

@@ -1,8 +1,8 @@
-"""Compares a cache with the source files that it was made of: `nemo-kd verify --against`."""
+"""Samples of source files, without a model: for `nemo-kd verify --against` and `nemo-kd show`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,14 +12,23 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset i
     GPTSFTChatDataset,
 )
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.cache.manifest import tokenizer_fingerprint
+from nemo_kd.chat import Renderer, as_jsonl
 from nemo_kd.config import DataConfig, read_settings
+from nemo_kd.nemo.lines import check_lines
 from nemo_kd.nemo.nemo_file import read_tokenizer
-from nemo_kd.nemo.sources import cut_sample
+from nemo_kd.nemo.rendered import renderer_of
+from nemo_kd.nemo.sources import (
+    cut_sample,
+    fingerprint_source,
+    rendered_dataset,
+    with_found_format,
+)
 
 # The settings of `data` that NeMo's datasets take under the same name.
 _SETTINGS = (
@@ -36,15 +45,18 @@ _SETTINGS = (
 )
 
 
-def differences(cache: TopKCache, files: list[str], tokenizer_path: Path) -> Iterator[str]:
-    """Yield a line for each difference between the cache and what NeMo makes of the files.
+def differences(
+    cache: TopKCache, files: list[str], tokenizer_path: Path, chat_template: str | None = None
+) -> Iterator[str]:
+    """Yield a line for each difference between the cache and what is made of the files now.
 
     Args:
-        files: the jsonl files, in the order that the dump read them.
+        files: the files, in the order that the dump read them.
         tokenizer_path: the teacher's or the student's .nemo, or a Hugging Face directory.
+        chat_template: the file that the dump had as data.chat_template, if it had one.
 
     Raises:
-        ValueError: there is no such tokenizer.
+        ValueError: there is no such tokenizer, or no chat template.
     """
     manifest = cache.manifest
     tokenizer = read_tokenizer(tokenizer_path, "--tokenizer")
@@ -52,12 +64,21 @@ def differences(cache: TopKCache, files: list[str], tokenizer_path: Path) -> Ite
         yield f"{tokenizer_path}: another tokenizer than the one that the cache was made with"
         return
     for number, file in enumerate(files):
-        if fingerprint_file(file) not in manifest.sources[number : number + 1]:
+        if fingerprint_source(file) not in manifest.sources[number : number + 1]:
             yield f"{file}: not the file that was number {number} of the dump's sources"
-    data = read_settings(DataConfig, manifest.dataset | {"file_names": files}, "manifest.dataset")
+    settings = dict(manifest.dataset)
+    template_fingerprint = settings.pop("chat_template_xxh3", None)
+    if template_fingerprint is not None:
+        settings |= {"chat": False, "chat_template": chat_template}
+    data = read_settings(DataConfig, settings | {"file_names": files}, "manifest.dataset")
+    renderer = renderer_of(data, tokenizer)
+    if renderer is not None and renderer.fingerprint != template_fingerprint:
+        path = chat_template or tokenizer_path
+        yield f"{cache.path}: made with another chat template than that of {path}"
+        return
     # NeMo trusts an index that it finds. In a directory of its own it finds none.
     with TemporaryDirectory() as index_dir:
-        samples = _samples(data, tokenizer, index_dir)
+        samples = _samples(data, tokenizer, renderer, index_dir)
         if len(samples) != len(cache):
             yield f"{cache.path}: {len(cache)} samples, in the source files {len(samples)}"
         for number in tqdm(range(min(len(samples), len(cache))), unit=" samples", disable=None):
@@ -74,8 +95,47 @@ def differences(cache: TopKCache, files: list[str], tokenizer_path: Path) -> Ite
                     yield f"{cache.path}: sample {number}: {name} is not what the source gives"
 
 
-def _samples(data: DataConfig, tokenizer: Any, index_dir: str) -> ConcatDataset[Any]:
-    """The samples of all files, as NeMo's model builds them for the dump."""
+def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tuple[Any, Any, int]]:
+    """Yield tokens, loss mask and context length of each sample of a file, as the dump makes them.
+
+    Args:
+        path: the file.
+        overrides: as on the dump's command line, `data.KEY=VALUE`.
+        tokenizer: NeMo's.
+
+    Raises:
+        ValueError: a setting, or the file, does not fit.
+    """
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    if unknown := [key for key in given if key != "data"]:
+        raise ValueError(f"expected keys of data, as in data.train_on=..., got {unknown[0]}")
+    settings = given.get("data", {}) | {"file_names": [path]}
+    data = with_found_format(read_settings(DataConfig, settings, "data"))
+    renderer = renderer_of(data, tokenizer)
+    with TemporaryDirectory() as index_dir:
+        check_lines(as_jsonl(path, index_dir), data, "data", renderer)
+        samples = _samples(data, tokenizer, renderer, index_dir)
+        for number in range(len(samples)):
+            yield cut_sample(samples[number], samples.datasets[0])
+
+
+def token_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> text, special tokens included where the tokenizer can show them."""
+    own = getattr(tokenizer, "tokenizer", None)
+    decode: Callable[[list[int]], str] = tokenizer.ids_to_text if own is None else own.decode
+    return decode
+
+
+def _samples(
+    data: DataConfig, tokenizer: Any, renderer: Renderer | None, index_dir: str
+) -> ConcatDataset[Any]:
+    """The samples of all files, as the dump builds them."""
+    files = [as_jsonl(file, index_dir) for file in data.file_names]
+    if renderer is not None:
+        return ConcatDataset(
+            rendered_dataset(file, tokenizer, renderer, data, index_dir, multiple=16)
+            for file in files
+        )
     kind = GPTSFTChatDataset if data.chat else GPTSFTDataset
     return ConcatDataset(
         kind(
@@ -85,5 +145,5 @@ def _samples(data: DataConfig, tokenizer: Any, index_dir: str) -> ConcatDataset[
             index_mapping_dir=index_dir,
             **{name: getattr(data, name) for name in _SETTINGS},
         )
-        for file in data.file_names
+        for file in files
     )

@@ -14,22 +14,36 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.cache.manifest import tokenizer_fingerprint
+from nemo_kd.chat import as_jsonl, is_dataset_directory
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.nemo.dataset import GPTSFTKDDataset
 from nemo_kd.nemo.lines import check_lines, check_tokens
 from nemo_kd.nemo.nemo_file import tokenizer_of
 from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
+from nemo_kd.nemo.rendered import renderer_of
 from nemo_kd.nemo.resume import WholePassSampler
-from nemo_kd.nemo.sources import index_directory, nemo_settings
+from nemo_kd.nemo.sources import (
+    fingerprint_source,
+    index_directory,
+    name_line_in_errors,
+    nemo_settings,
+    padding_multiple,
+    rendered_dataset,
+    with_found_format,
+)
 from nemo_kd.process import shield_workers
 from nemo_kd.student.fit import check_fits
 
 
 def caches_of(data: DictConfig) -> list[str]:
     """The cache directories among a data section's files."""
-    return [path for path in data.file_names if os.path.isdir(path)]
+    return [path for path in data.file_names if _is_cache(path)]
+
+
+def _is_cache(path: str) -> bool:
+    return os.path.isdir(path) and not is_dataset_directory(path)
 
 
 def check_files(model: DictConfig) -> None:
@@ -50,7 +64,7 @@ def check_files(model: DictConfig) -> None:
     for section in "train_ds", "validation_ds":
         data = model.data[section]
         for path in data.file_names:
-            if os.path.isdir(path):
+            if _is_cache(path):
                 check_fits(
                     TopKCache.open(path),
                     objective.at(0),
@@ -59,27 +73,33 @@ def check_files(model: DictConfig) -> None:
                     max_seq_length=data.max_seq_length,
                 )
             else:
-                settings = jsonl_settings(data, model)
-                check_lines(path, settings, "model.data.validation_ds")
+                settings = file_settings(path, data, model)
+                file = as_jsonl(path, _index_directory(path, settings))
+                renderer = renderer_of(settings, tokenizer)
+                check_lines(file, settings, "model.data.validation_ds", renderer)
                 check_tokens(settings, tokenizer, "model.data.validation_ds")
 
 
-def jsonl_settings(data: DictConfig, model: DictConfig) -> DataConfig:
-    """What the samples of a validation jsonl are made with.
+def file_settings(path: str, data: DictConfig, model: DictConfig) -> DataConfig:
+    """What the samples of a validation file are made with.
 
     Args:
+        path: The file.
         data: `model.data.validation_ds`.
         model: The model's config.
 
     Raises:
-        ValueError: A setting does not fit.
+        ValueError: A setting does not fit, or the file has no known format.
     """
     section: Any = OmegaConf.to_container(data, resolve=True)
     own = {field.name: section[field.name] for field in fields(DataConfig) if field.name in section}
     chat = {name: model.data[name] for name in ("chat", "chat_prompt_tokens")}
-    return read_settings(
-        DataConfig, own | chat | {"sep_id": model.sep_id}, "model.data.validation_ds"
+    settings = read_settings(
+        DataConfig,
+        own | chat | {"file_names": [path], "sep_id": model.sep_id},
+        "model.data.validation_ds",
     )
+    return with_found_format(settings)
 
 
 def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
@@ -125,13 +145,36 @@ def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
             )
 
 
-def jsonl_section(path: str, data: DictConfig, model: DictConfig) -> DictConfig:
-    """The section for a validation jsonl, as NeMo's own `_build_dataset` takes it."""
-    settings = jsonl_settings(data, model)
-    directory = index_directory(settings.index_mapping_dir, [fingerprint_file(path)])
-    own = {"file_names": [path], "index_mapping_dir": directory}
+def file_dataset(path: str, data: DictConfig, model: DictConfig, tokenizer: Any, nemos: Any) -> Any:
+    """A validation set of plain samples.
+
+    Args:
+        path: The file.
+        data: `model.data.validation_ds`.
+        model: The model's config.
+        tokenizer: NeMo's.
+        nemos: NeMo's `_build_dataset`, for the formats that its datasets read.
+    """
+    settings = file_settings(path, data, model)
+    directory = _index_directory(path, settings)
+    file = as_jsonl(path, directory)
+    if renderer := renderer_of(settings, tokenizer):
+        own = {
+            "pad_to_max_length": data.get("pad_to_max_length", False),
+            "tokens_to_generate": data.get("tokens_to_generate", 0),
+        }
+        multiple = padding_multiple(model)
+        return rendered_dataset(file, tokenizer, renderer, settings, directory, multiple, **own)
     with open_dict(data):
-        return OmegaConf.merge(data, nemo_settings(settings) | own)
+        given = {"file_names": [file], "index_mapping_dir": directory}
+        alone = OmegaConf.merge(data, nemo_settings(settings) | given)
+    (dataset,) = nemos(alone, is_train=False)
+    name_line_in_errors(dataset)
+    return dataset
+
+
+def _index_directory(path: str, settings: DataConfig) -> str:
+    return index_directory(settings.index_mapping_dir, [fingerprint_source(path)])
 
 
 def training_blend(
@@ -161,13 +204,10 @@ def cache_dataset(
     max_num_samples: int | None = None,
 ) -> GPTSFTKDDataset | GPTSFTKDPackedDataset:
     """A cache as NeMo's SFT dataset, with those of its settings that a cache leaves open."""
-    multiple = 16
-    if model.get("sequence_parallel", False):
-        multiple = 8 * model.get("tensor_model_parallel_size", 1)
     settings = {
         "kd_config": config,
         "max_seq_length": data.max_seq_length,
-        "pad_seq_length_to_mult": multiple * model.get("context_parallel_size", 1),
+        "pad_seq_length_to_mult": padding_multiple(model),
         "pad_to_max_length": data.get("pad_to_max_length", False),
         "ceil_to_power_2": data.get("ceil_to_power_2", False),
         "get_attention_mask_from_fusion": data.get("get_attention_mask_from_fusion", True),

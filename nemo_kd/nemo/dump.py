@@ -13,14 +13,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.cache import CacheWriter, Manifest, TopKCache
 from nemo_kd.cache.inspection import unsupervised
-from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.cache.manifest import tokenizer_fingerprint
+from nemo_kd.chat import Renderer, as_jsonl
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.lines import check_lines, check_tokens
 from nemo_kd.nemo.nemo_file import read_model_config, tokenizer_of
-from nemo_kd.nemo.sources import build_samples, cut_sample, fingerprint_teacher
+from nemo_kd.nemo.rendered import renderer_of
+from nemo_kd.nemo.sources import (
+    build_samples,
+    cut_sample,
+    fingerprint_source,
+    fingerprint_teacher,
+    index_directory,
+    with_found_format,
+)
 from nemo_kd.nemo.trainer import (
     build_trainer,
     initialize_model_parallel,
@@ -28,6 +37,7 @@ from nemo_kd.nemo.trainer import (
     prepare_accelerator,
 )
 from nemo_kd.nemo.values import check_yaml_values
+from nemo_kd.process import say
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.replica import PATIENCE, Replica
@@ -37,14 +47,20 @@ from nemo_kd.teacher.run import TeacherRun, check_supervision, parse_shards, ref
 # out-of-memory error a cache is resumed with a smaller micro batch: as with another TP or PP, its
 # rows then agree to rounding.
 _NOT_IN_MANIFEST = (
+    "chat_template",
+    "chat_template_kwargs",
     "file_names",
+    "format",
     "hf_dataset",
     "index_mapping_dir",
     "max_unsupervised_share",
     "memmap_workers",
     "micro_batch_size",
     "num_workers",
+    "train_on",
 )
+# Settings of `data` that shape the samples which this package renders.
+_SHAPES_RENDERED = ("format", "train_on", "chat_template_kwargs", "max_seq_length", "add_eos")
 # Settings of `selection` that shape the rows of each kind.
 _SHAPES_ROWS = {"top_k": ("k",), "top_p": ("k", "p"), "sample": ("num_draws", "seed")}
 
@@ -57,6 +73,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
             cache held stays.
     """
     data, selection, cache = check_settings(config)
+    data = with_found_format(data)
     stored = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
     prepare_accelerator(config)
     teacher = _merge_teacher_config(config, stored, data)
@@ -87,12 +104,19 @@ def dump_teacher_topk(config: DictConfig) -> None:
     try:
         run = TeacherRun(writer, replica, forward, samples, data, cut_sample)
         run.fill(shards, shows_progress)
-        # A rank that ended would take the job's process group from those that still fill a shard.
-        torch.distributed.barrier(everyone)
+        num_truncated = torch.tensor(run.num_truncated if replica.leads else 0)
+        # A sum over the replicas. It also keeps each rank until all shards are there: a rank that
+        # ended would take the job's process group from those that still fill a shard.
+        torch.distributed.all_reduce(num_truncated, group=everyone)
     except RuntimeError:  # gloo's, when a rank that this one waits for has ended, maybe by SIGTERM
         replica.stop_if_asked_alone()
         raise
     if torch.distributed.get_rank() == 0:
+        if num_truncated:
+            say(
+                f"truncated samples: {num_truncated} (data.max_seq_length="
+                f"{data.max_seq_length}; each ends after the last turn of the assistant that fits)"
+            )
         _report(writer, data)
 
 
@@ -109,16 +133,22 @@ def _plan_cache(
         ValueError: A line, a token, `selection.k`, `cache.shards` or what lies at `cache.path` does
             not fit.
     """
-    num_samples = sum(check_lines(path, data, "data") for path in data.file_names)
     tokenizer = tokenizer_of(teacher, Path(config.teacher.restore_from_path))
+    renderer = renderer_of(data, tokenizer)
+    sources = tuple(map(fingerprint_source, data.file_names))
+    directory = index_directory(data.index_mapping_dir, sources)
+    num_samples = sum(
+        check_lines(as_jsonl(path, directory), data, "data", renderer) for path in data.file_names
+    )
     check_tokens(data, tokenizer, "data")
     manifest = Manifest(
-        **_shaping_settings(data, selection),
+        selection=_shaping_selection(selection),
+        dataset=shaping_data(data, renderer),
         codec=cache.codec,
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         teacher_fingerprint=fingerprint_teacher(config),
-        sources=tuple(map(fingerprint_file, data.file_names)),
+        sources=sources,
         num_samples=num_samples,
         samples_per_shard=cache.samples_per_shard,
     )
@@ -140,14 +170,20 @@ def _report(writer: CacheWriter, data: DataConfig) -> None:
     print(f"{writer.path}: {state}")
 
 
-def _shaping_settings(data: DataConfig, selection: SelectionConfig) -> dict[str, dict[str, Any]]:
-    """The settings that shape the tokens and the rows, as the manifest has them."""
+def _shaping_selection(selection: SelectionConfig) -> dict[str, Any]:
+    """The settings that shape the rows, as the manifest has them."""
     row_settings = ("kind", "temperature", *_SHAPES_ROWS[selection.kind])
+    return {name: getattr(selection, name) for name in row_settings}
+
+
+def shaping_data(data: DataConfig, renderer: Renderer | None) -> dict[str, Any]:
+    """The settings that shape the tokens, as the manifest has them."""
+    if renderer is None:
+        return {name: value for name, value in asdict(data).items() if name not in _NOT_IN_MANIFEST}
     return {
-        "selection": {name: getattr(selection, name) for name in row_settings},
-        "dataset": {
-            name: value for name, value in asdict(data).items() if name not in _NOT_IN_MANIFEST
-        },
+        **{name: getattr(data, name) for name in _SHAPES_RENDERED},
+        "chat": True,  # as NeMo's chat samples, the answers of these keep their end token
+        "chat_template_xxh3": renderer.fingerprint,
     }
 
 

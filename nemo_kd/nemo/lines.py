@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nemo_kd.chat import Renderer, read_conversation, read_object
 from nemo_kd.config import DataConfig
 from nemo_kd.process import say
 
@@ -15,7 +16,7 @@ _CHAT_KEYS = ("system", "conversations", "mask", "type")
 _TURN_KEYS = ("from", "value")
 
 
-def check_lines(path: str, data: DataConfig, section: str) -> int:
+def check_lines(path: str, data: DataConfig, section: str, renderer: Renderer | None = None) -> int:
     """Read a jsonl once; each line must be a JSON object that gives one of `data`'s samples.
 
     Warns of keys that nothing reads.
@@ -24,6 +25,7 @@ def check_lines(path: str, data: DataConfig, section: str) -> int:
         path: The file.
         data: The settings that its samples are made with.
         section: Their place in the YAML, for the errors.
+        renderer: Of the samples, if their format is one that this package renders.
 
     Returns:
         The number of samples.
@@ -45,8 +47,8 @@ def check_lines(path: str, data: DataConfig, section: str) -> int:
         if blank:
             raise ValueError(f"{path}, line {blank}: expected a JSON object, got an empty line")
         try:
-            record = _read_object(line)
-            unread |= _check_conversation(record) if data.chat else _check_fields(record, data)
+            record = read_object(line)
+            unread |= _check_record(record, data, renderer)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         num_samples += 1
@@ -54,8 +56,8 @@ def check_lines(path: str, data: DataConfig, section: str) -> int:
         raise ValueError(f"{path}: expected samples, found only empty lines")
     if unread:
         say(
-            f"warning: {path}: nothing reads {', '.join(sorted(unread))} of its lines; the samples "
-            f"have only {', '.join(data.keys)}"
+            f"warning: {path}: nothing reads {', '.join(sorted(unread))} of its lines"
+            + ("" if renderer else f"; the samples have only {', '.join(data.keys)}")
         )
     return num_samples
 
@@ -71,22 +73,13 @@ def _lines(path: str) -> Iterator[bytes]:
             bar.update(len(line))
 
 
-def _read_object(line: bytes) -> dict[str, Any]:
-    """What NeMo reads: UTF-8, and in it one JSON object."""
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8, got {error}; convert the file") from error
-    except (ValueError, RecursionError) as error:
-        if line.startswith(b"\xef\xbb\xbf"):
-            raise ValueError(
-                "expected a JSON object, got a byte order mark before it; remove the file's first "
-                "three bytes"
-            ) from error
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {record!r:.60}")
-    return record
+def _check_record(record: dict[str, Any], data: DataConfig, renderer: Renderer | None) -> set[str]:
+    """Check one line, and return its keys that nothing reads."""
+    if renderer is None:
+        return _check_conversation(record) if data.chat else _check_fields(record, data)
+    conversation, unread = read_conversation(record, data.format)
+    renderer.check(conversation)
+    return unread
 
 
 def _check_fields(record: dict[str, Any], data: DataConfig) -> set[str]:
@@ -169,6 +162,8 @@ def check_tokens(data: DataConfig, tokenizer: Any, section: str) -> None:
     Raises:
         ValueError: It lacks one.
     """
+    if data.is_rendered:
+        return  # the chat template has the tokens
     for key, token in ("add_bos", "bos_id"), ("add_eos", "eos_id"):
         if getattr(data, key) and not data.chat and getattr(tokenizer, token) is None:
             raise ValueError(

@@ -25,11 +25,10 @@ from nemo_kd.nemo.data import (
     cache_dataset,
     caches_of,
     check_section,
-    jsonl_section,
+    file_dataset,
     training_blend,
 )
 from nemo_kd.nemo.nemo_file import warn_of_missing_begin
-from nemo_kd.nemo.sources import name_line_in_errors
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.terms import (
     KD_TERMS,
@@ -184,11 +183,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         for path in data_cfg.file_names:
             if path in caches_of(data_cfg):
                 datasets.append(cache_dataset(path, *rest))
-            else:  # a jsonl, which NeMo builds by itself
-                alone = jsonl_section(path, data_cfg, self.cfg)
-                (dataset,) = super()._build_dataset(alone, is_train=False)
-                name_line_in_errors(dataset)
-                datasets.append(dataset)
+            else:
+                nemos = super()._build_dataset
+                datasets.append(file_dataset(path, data_cfg, self.cfg, self.tokenizer, nemos))
         warn_of_missing_begin(self.tokenizer, datasets)
         return datasets
 

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import ConcatDataset
 
 from nemo_kd.cache import SourceFile
+from nemo_kd.cache.manifest import fingerprint_file
+from nemo_kd.chat import Renderer, as_jsonl, format_of
 from nemo_kd.config import DataConfig
 from nemo_kd.nemo.nemo_file import fingerprint_checkpoint, warn_of_missing_begin
+from nemo_kd.nemo.rendered import RenderedDataset, renderer_of
+from nemo_kd.process import rank, say
 
 # Keys of `teacher` that leave the logits as they are.
 _NOT_IN_FINGERPRINT = (
@@ -28,16 +33,86 @@ _NOT_IN_FINGERPRINT = (
 def build_samples(
     model: Any, data: DataConfig, sources: Sequence[SourceFile]
 ) -> ConcatDataset[Any]:
-    """The samples of all files in their order, by NeMo's own dataset."""
-    settings = {"index_mapping_dir": index_directory(data.index_mapping_dir, sources)}
-    datasets = model._build_dataset(
-        OmegaConf.create(asdict(data) | nemo_settings(data) | settings), is_train=False
-    )
-    for dataset in datasets:
-        dataset.is_test = False  # when true, a missing label counts as an empty one
-        name_line_in_errors(dataset)
+    """The samples of all files in their order."""
+    directory = index_directory(data.index_mapping_dir, sources)
+    files = [as_jsonl(path, directory) for path in data.file_names]
+    settings = {"index_mapping_dir": directory, "file_names": files}
+    if renderer := renderer_of(data, model.tokenizer):
+        multiple = padding_multiple(model.cfg)
+        datasets = [
+            rendered_dataset(file, model.tokenizer, renderer, data, directory, multiple)
+            for file in files
+        ]
+    else:
+        datasets = model._build_dataset(
+            OmegaConf.create(asdict(data) | nemo_settings(data) | settings), is_train=False
+        )
+        for dataset in datasets:
+            dataset.is_test = False  # when true, a missing label counts as an empty one
+            name_line_in_errors(dataset)
     warn_of_missing_begin(model.tokenizer, datasets)
     return ConcatDataset(datasets)
+
+
+def with_found_format(data: DataConfig) -> DataConfig:
+    """`data` with the format of its files, which with "auto" is found by their first lines.
+
+    Raises:
+        ValueError: A file is not there, or has no known format.
+    """
+    if data.chat:
+        return data.with_format("nemo_chat")
+    if data.format != "auto":
+        return data.with_format(data.format)
+    found = format_of(data.file_names, data.keys)
+    if found != "prompt" and rank() == 0:
+        say(f"{', '.join(data.file_names)}: the format is {found}, by the first line")
+    return data.with_format(found)
+
+
+def fingerprint_source(path: str) -> SourceFile:
+    """Size and hash of a file, or of all files of a directory that Hugging Face datasets saved."""
+    if not os.path.isdir(path):
+        return fingerprint_file(path)
+    files = [fingerprint_file(file) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    content = "".join(f"{file.name}{file.xxh3_128}" for file in files)
+    return SourceFile(
+        name=os.path.basename(os.path.normpath(path)),
+        size_bytes=sum(file.size_bytes for file in files),
+        xxh3_128=xxhash.xxh3_128_hexdigest(content.encode()),
+    )
+
+
+def rendered_dataset(
+    file: str,
+    tokenizer: Any,
+    renderer: Renderer,
+    data: DataConfig,
+    index_dir: str,
+    multiple: int,
+    **nemo_settings: Any,
+) -> RenderedDataset:
+    """A jsonl as a dataset of NeMo's; `multiple` is what the length of a batch is padded to."""
+    return RenderedDataset(
+        file,
+        tokenizer,
+        renderer,
+        data.format,
+        max_seq_length=data.max_seq_length,
+        pad_seq_length_to_mult=multiple,
+        index_mapping_dir=index_dir,
+        memmap_workers=data.memmap_workers,
+        get_attention_mask_from_fusion=True,
+        **nemo_settings,
+    )
+
+
+def padding_multiple(model: DictConfig) -> int:
+    """What NeMo's `_build_dataset` pads a batch's length to a multiple of."""
+    multiple = 16
+    if model.get("sequence_parallel", False):
+        multiple = 8 * model.get("tensor_model_parallel_size", 1)
+    return int(multiple * model.get("context_parallel_size", 1))
 
 
 def nemo_settings(data: DataConfig) -> dict[str, Any]:

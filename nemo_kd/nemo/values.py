@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nemo_kd.chat.formats import FORMATS
 from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
 from nemo_kd.values import (
     ANY,
@@ -26,7 +27,7 @@ _SHARE = number(0, 1)
 _BETA = Rule("a number from 0, below 1", lambda value: number(0, 1).holds(value) and value != 1)
 _WEIGHT_INIT = one_of("xavier", "normal", "kaiming", "zero")
 _METRICS = ("loss", "exact_string_match", "rouge", "accuracy", "average_precision", "f1")
-_CHAT_TOKENS = either(NULL, Rule("a mapping {...}", lambda value: isinstance(value, dict)))
+_MAPPING_OR_NULL = either(NULL, Rule("a mapping {...}", lambda value: isinstance(value, dict)))
 _PRECISIONS = ("bf16-mixed", "bf16", "16-mixed", "bf16-true", "16-true", "32-true", "16", "32")
 
 _TRAINER = {
@@ -43,6 +44,10 @@ _DATA = {
     "num_workers": whole(0),
     "sep_id": whole(0),
     "truncation_method": one_of("left", "right"),
+    "format": one_of("auto", *FORMATS),
+    "train_on": one_of("all_assistant", "last_assistant"),
+    "chat_template": _TEXT_OR_NULL,
+    "chat_template_kwargs": _MAPPING_OR_NULL,
     "index_mapping_dir": _TEXT_OR_NULL,
     "memmap_workers": either(whole(1), NULL),
     "seed": whole(0),
@@ -89,7 +94,7 @@ _TRAIN = {
     "model.peft.lora_tuning.position_embedding_strategy": either(
         one_of("add", "biasadd", "concat", "mlpconcat"), NULL
     ),
-    "model.data.chat_prompt_tokens": _CHAT_TOKENS,
+    "model.data.chat_prompt_tokens": _MAPPING_OR_NULL,
     "model.data.sample_weight": one_of("token", "constant"),
     "model.data.train_ds.concat_sampling_probabilities": either(list_of(number()), NULL),
     "model.data.validation_ds.names": either(TEXTS, NULL),
@@ -112,7 +117,7 @@ _RULES = {
         "teacher.restore_from_path": TEXT,
         **_TRAINER,
         **{f"data.{key}": rule for key, rule in _DATA.items()},
-        "data.chat_prompt_tokens": _CHAT_TOKENS,
+        "data.chat_prompt_tokens": _MAPPING_OR_NULL,
         "data.max_unsupervised_share": _SHARE,
         "selection.*": ANY,  # read_settings checks them
         "cache.path": TEXT,

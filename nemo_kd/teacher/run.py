@@ -88,6 +88,7 @@ class TeacherRun:
     data: DataConfig
     # A sample and samples.datasets[0] -> tokens, loss mask, context length, as the cache has them.
     cut_sample: Callable[[dict[str, Any], Any], tuple[Any, Any, int]]
+    num_truncated: int = 0  # samples of this run that chat/ had to cut
 
     def fill(self, shards: list[int], shows_progress: bool) -> None:
         """Fills `shards` of the cache; returns when all of them are published."""
@@ -141,6 +142,7 @@ class TeacherRun:
             parts = zip(*(tensor.split(counts) for tensor in rows), strict=True)
             rows_of |= {i: TeacherRows(*part) for i, part in zip(indices, parts, strict=True)}
             progress.add(len(indices), sum(len(items[i]["input_ids"]) for i in indices))
+        self.num_truncated += sum(item.get("is_truncated", False) for item in items)
         for index, item in enumerate(items):
             sample = self.cut_sample(item, dataset)
             if sink is not None:
