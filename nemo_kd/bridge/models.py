@@ -1,0 +1,106 @@
+"""Hugging Face directories as Bridge's models, and back."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge import AutoBridge
+from megatron.bridge.training.tokenizers.config import TokenizerConfig
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.bridge import cpu_backend
+
+
+def start(device: str) -> None:
+    """Start torch.distributed, so that the groups outlive Bridge's own run.
+
+    Args:
+        device: "gpu" or "cpu".
+    """
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500" if "RANK" in os.environ else str(_free_port())),
+    ):
+        os.environ.setdefault(name, value)
+    if device == "gpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device == "gpu" else "gloo")
+
+
+def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
+    """Return Bridge's AutoBridge of a Hugging Face directory, and the provider of its model.
+
+    Args:
+        model: The section `model`; all keys but `hf_path` are the provider's.
+        device: "gpu" or "cpu".
+
+    Raises:
+        ValueError: There is no such directory, no weights, no bridge for its model, or no such key.
+    """
+    path = Path(model.hf_path)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"model.hf_path: expected a Hugging Face directory, found no {path}/config.json"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"model.hf_path: expected weights in {path}, found no *.safetensors")
+    try:
+        bridge = AutoBridge.from_hf_pretrained(str(path), torch_dtype=_dtype(device))
+    except ValueError as error:
+        first = next(line.strip() for line in str(error).splitlines() if line.strip(" ✗"))
+        raise ValueError(f"model.hf_path: {path}: {first}") from error
+    provider = bridge.to_megatron_provider(load_weights=True)
+    # Bridge sets it to false, and then marks no parameter as tensor-parallel, so that the gradient
+    # norm at a tensor-parallel size above 1 counts the shards of rank 0 only.
+    provider.perform_initialization = True
+    set_fields(provider, model, "model", leave_out=("hf_path",))
+    if device == "cpu":
+        cpu_backend.prepare_provider(provider)
+    return bridge, provider
+
+
+def tokenizer_config(path: str) -> TokenizerConfig:
+    """Of the tokenizer in a Hugging Face directory."""
+    return TokenizerConfig(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=path,
+        # Core's default is the slow one, which many tokenizers no longer have.
+        hf_tokenizer_kwargs={"use_fast": True},
+    )
+
+
+def set_fields(target: Any, section: DictConfig, name: str, leave_out: tuple[str, ...] = ()) -> Any:
+    """Set the keys of a YAML section on one of Bridge's configs, and return it.
+
+    Raises:
+        ValueError: The config has no such field.
+    """
+    values: Any = OmegaConf.to_container(section, resolve=True)
+    known = [field.name for field in fields(target)]
+    for key in values.keys() - set(leave_out):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {name}.{close[0]}?" if close else ""
+            raise ValueError(f"{name}.{key} is no key of Bridge's {type(target).__name__}{hint}")
+        setattr(target, key, values[key])
+    return target
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.create_server(("localhost", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
