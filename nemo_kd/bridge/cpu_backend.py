@@ -1,8 +1,8 @@
 """The real Megatron-Bridge on a machine without a GPU, for development, tests and small runs.
 
-Bridge 0.3 assumes CUDA, NCCL and Transformer Engine in some twenty places. `enable` answers each of
-them on the CPU (torch.distributed runs on gloo). Only `device=cpu` calls it, and it refuses to start
-on a machine that has a GPU, where the unpatched code must run.
+Bridge 0.3 assumes CUDA, NCCL and Transformer Engine in some twenty places. `enable` answers each
+of them on the CPU (torch.distributed runs on gloo). Only `device=cpu` calls it, and it refuses to
+start on a machine that has a GPU, where the unpatched code must run.
 """
 
 import functools
@@ -79,10 +79,10 @@ def prepare_provider(provider: Any) -> None:
 
 
 def _import_bridge() -> None:
-    """Import Bridge, whose adapters import Transformer Engine without asking whether it is there."""
+    """Import Bridge, whose adapters import Transformer Engine whether it is there or not."""
     # Core first: its own probes must find no Transformer Engine.
     import megatron.core.extensions.transformer_engine
-    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    import megatron.core.models.gpt.gpt_layer_specs
 
     engine = types.ModuleType("transformer_engine")
     pytorch = types.ModuleType("transformer_engine.pytorch")

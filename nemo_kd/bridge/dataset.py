@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.bridge.data.datasets.sft import GPTSFTDataset
+from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
 from megatron.bridge.training.config import DatasetProvider
 from megatron.core.datasets import helpers_cpp
 from torch.utils.data import Dataset
 
 from nemo_kd.cache import TopKCache
+from nemo_kd.chat.samples import RenderedSamples
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.dataset import CacheSamples
 
@@ -29,11 +30,19 @@ class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
     sample_mapping_class = _OnlineSampleMapping
 
 
+class RenderedDataset(RenderedSamples, GPTSFTChatDataset):
+    """Bridge's chat dataset with samples of a `Renderer`: see RenderedSamples."""
+
+
 class Tokenizer:
     """Core's tokenizer with the names by which NeMo's is asked, so that fingerprints are equal."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
+        self.tokenizer = core._tokenizer.tokenizer  # Hugging Face's
+        # As NeMo finds it. Without it the datasets drop the blank between prompt and answer.
+        tokens = self.tokenizer.tokenize
+        self.space_sensitive = tokens("x y") != tokens("x") + tokens("y")
 
     def ids_to_tokens(self, ids: list[int]) -> list[str]:
         tokens: list[str] = self._core._tokenizer.ids_to_tokens(ids)
@@ -113,8 +122,7 @@ class Blend(Dataset[Any]):
         # As many as NeMo asks of each, because the number of its epochs shapes the order.
         counts = [math.ceil(num_samples * share * 1.005) for share in shares]
         self.datasets = [
-            make(path, max_num_samples=count)
-            for path, count in zip(paths, counts, strict=True)
+            make(path, max_num_samples=count) for path, count in zip(paths, counts, strict=True)
         ]
         self.collate_fn = self.datasets[0].collate_fn
 

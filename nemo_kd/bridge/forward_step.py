@@ -23,10 +23,10 @@ TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 class KDForwardStep:
     """What Bridge calls for each micro batch: `pretrain(config, KDForwardStep(...))`.
 
-    Bridge calls, for each micro batch and in this order: this object, which keeps the teacher's rows
-    and runs the model; in the model's forward, `compute_language_model_loss`, the one place where
-    Megatron has the bare vocab-parallel logits, where the loss takes the rows and leaves the terms;
-    and `_reduce`, which reads the terms. No other micro batch comes in between.
+    Bridge calls, for each micro batch and in this order: this object, which keeps the teacher's
+    rows and runs the model; in the model's forward, `compute_language_model_loss`, the one place
+    where Megatron has the bare vocab-parallel logits, where the loss takes the rows and leaves the
+    terms; and `_reduce`, which reads the terms. No other micro batch comes in between.
 
     Args:
         distillation: The objective, step by step.
@@ -102,7 +102,7 @@ class KDForwardStep:
         return output, partial(self._reduce, batch.get("loss_mask"), number)
 
     def _reduce(
-        self, loss_mask: Tensor, set_number: int | None, losses: Tensor
+        self, loss_mask: Any, set_number: int | None, losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss's sum over the supervised tokens, their number, and `[sum, number]` of terms.
 

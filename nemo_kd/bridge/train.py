@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from nemo_kd.bridge import cpu_backend
@@ -49,9 +51,15 @@ def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
     from megatron.bridge.training.callbacks import CallbackManager
 
     def save(_: Any) -> None:
-        if save_hf is not None:
-            bridge.save_hf_pretrained(step.models, save_hf, show_progress=sys.stderr.isatty())
-            say(f"{save_hf}: the student as a Hugging Face model")
+        if save_hf is None:
+            return
+        # Under its own name only when it is whole.
+        unfinished = f"{save_hf}.unfinished"
+        bridge.save_hf_pretrained(step.models, unfinished, show_progress=sys.stderr.isatty())
+        torch.distributed.barrier()
+        if rank() == 0:
+            os.rename(unfinished, save_hf)
+        say(f"{save_hf}: the student as a Hugging Face model")
 
     callbacks = CallbackManager()
     callbacks.register("on_train_end", save)

@@ -21,8 +21,8 @@ from nemo.utils.exp_manager import StatelessTimer, exp_manager
 from omegaconf import DictConfig
 
 from nemo_kd.nemo.run_directory import checkpoint_directory, prepare
-from nemo_kd.nemo.trainer import on_rank_zero
 from nemo_kd.process import exit_stopped, say
+from nemo_kd.ranks import on_rank_zero
 
 
 def start_exp_manager(
