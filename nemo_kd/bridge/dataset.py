@@ -15,13 +15,17 @@ import torch
 from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
 from megatron.bridge.training.config import DatasetProvider
+from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 from megatron.core.datasets import helpers_cpp
 from torch.utils.data import Dataset
 
+from nemo_kd.bridge.models import tokenizer_config
 from nemo_kd.cache import TopKCache
+from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat.samples import RenderedSamples
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.dataset import CacheSamples
+from nemo_kd.student.fit import check_fits
 
 
 class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
@@ -49,6 +53,8 @@ class Tokenizer:
         return tokens
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_core":  # not there yet: while it is unpickled
+            raise AttributeError(name)
         return getattr(self._core, name)
 
 
@@ -99,6 +105,23 @@ class KDCaches(DatasetProvider):
         train = Blend(self.train_caches, self.weights, context.train_samples, make)
         sets = [make(path) for path in self.validation_caches]
         return train, Sets(sets, self.global_batch_size) if sets else None, None
+
+
+def check_caches(dataset: KDCaches, hf_path: str) -> None:
+    """Check the caches against the student's tokenizer, before its weights are read.
+
+    Raises:
+        ValueError: One does not fit.
+    """
+    tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
+    for path in (*dataset.train_caches, *dataset.validation_caches):
+        check_fits(
+            TopKCache.open(path),
+            dataset.objective,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            max_seq_length=dataset.seq_length,
+        )
 
 
 def num_validation_steps(caches: list[str], global_batch_size: int) -> int:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache import SourceFile
-from nemo_kd.cache.manifest import fingerprint_file
+from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.chat.files import as_jsonl
 from nemo_kd.chat.samples import (
     index_directory,
@@ -95,8 +93,7 @@ def _fingerprint(config: DictConfig) -> str:
         for kind in ("config.json", "*.safetensors")
         for path in Path(config.model.hf_path).glob(kind)
     )
-    content = [settings, config.device, *(asdict(fingerprint_file(path)) for path in files)]
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return fingerprint_model(files, json.dumps([settings, config.device], sort_keys=True))
 
 
 def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile]) -> Any:

@@ -17,18 +17,27 @@ from nemo_kd.bridge import cpu_backend
 
 
 def start(device: str) -> None:
-    """Start torch.distributed, so that the groups outlive Bridge's own run.
+    """Start torch.distributed, by torchrun's variables, by those of srun, or for one process.
 
     Args:
         device: "gpu" or "cpu".
+
+    Raises:
+        ValueError: Under srun the job has not said where rank 0 is.
     """
-    for name, value in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")),
-        ("MASTER_ADDR", "localhost"),
-        ("MASTER_PORT", "29500" if "RANK" in os.environ else str(_free_port())),
-    ):
+    in_job = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+    if "RANK" not in os.environ and in_job:
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                "under srun expected MASTER_ADDR, the node of rank 0, found none; in the job "
+                "script: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head "
+                "-n 1)"
+            )
+        for name, slurms in ("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID"):
+            os.environ[name] = os.environ[f"SLURM_{slurms}"]
+        os.environ.setdefault("MASTER_PORT", "29500")
+    alone = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")
+    for name, value in (*alone, ("MASTER_PORT", str(_free_port()))):
         os.environ.setdefault(name, value)
     if device == "gpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

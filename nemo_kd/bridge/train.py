@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,14 @@ import torch
 from omegaconf import DictConfig
 
 from nemo_kd.bridge import cpu_backend
-from nemo_kd.config import DistillationConfig, read_settings
+from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.process import exit_stopped, rank, say
+from nemo_kd.ranks import on_rank_zero
+
+_SECTIONS = (
+    *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
+    *("scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
+)
 
 
 def train_kd_sft(config: DictConfig) -> None:
@@ -26,12 +34,15 @@ def train_kd_sft(config: DictConfig) -> None:
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
 
+    from nemo_kd.bridge.dataset import check_caches
     from nemo_kd.bridge.forward_step import KDForwardStep
     from nemo_kd.bridge.models import read_model, start
 
     bridge, provider = read_model(config.model, config.device)
     start(config.device)
+    _check_layout(config)
     container = _container(config, provider, distillation)
+    on_rank_zero(lambda: check_caches(container.dataset, config.model.hf_path))
     step = KDForwardStep(distillation, container.dataset.set_names)
     provider.register_pre_wrap_hook(step.install)
     try:
@@ -47,7 +58,10 @@ def train_kd_sft(config: DictConfig) -> None:
 
 
 def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
-    """Saves the student when the training has ended: later, Bridge has destroyed its groups."""
+    """What Bridge calls between steps.
+
+    The student is saved when the training has ended: later, Bridge has destroyed its groups.
+    """
     from megatron.bridge.training.callbacks import CallbackManager
 
     def save(_: Any) -> None:
@@ -55,14 +69,22 @@ def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
             return
         # Under its own name only when it is whole.
         unfinished = f"{save_hf}.unfinished"
+        if rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+        torch.distributed.barrier()
         bridge.save_hf_pretrained(step.models, unfinished, show_progress=sys.stderr.isatty())
         torch.distributed.barrier()
         if rank() == 0:
             os.rename(unfinished, save_hf)
         say(f"{save_hf}: the student as a Hugging Face model")
 
+    def begin_anew(context: Any) -> None:
+        """Bridge's sampler would begin the next validation where the last one ended."""
+        context.state.train_state.consumed_valid_samples = 0
+
     callbacks = CallbackManager()
     callbacks.register("on_train_end", save)
+    callbacks.register("on_eval_end", begin_anew)
     return callbacks
 
 
@@ -72,6 +94,7 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
     Raises:
         ValueError: A setting does not fit.
     """
+    refuse_unknown_keys(config, _SECTIONS)
     if config.device not in ("gpu", "cpu"):
         raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
     for key in "train_caches", "validation_caches":
@@ -86,6 +109,19 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
             raise ValueError(f"save_hf: expected a new directory, but there exists {target}")
         if target.resolve() == Path(config.model.hf_path).resolve():
             raise ValueError(f"save_hf: expected another directory than model.hf_path, {target}")
+    for key in "load", "pretrained_checkpoint":
+        path = config.checkpoint.get(key)
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"checkpoint.{key}: expected a directory, found no {path}")
+    if config.model.context_parallel_size > 1 and not config.model.calculate_per_token_loss:
+        raise ValueError(
+            "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
+            "1, got false: a rank may have no supervised token of a micro batch"
+        )
+    if config.knowledge_distillation.fuse_output_layer:
+        raise ValueError(
+            "knowledge_distillation.fuse_output_layer: expected false on this host, got true"
+        )
     if config.save_hf is None and config.checkpoint.save is None:
         raise ValueError(
             "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
@@ -94,6 +130,24 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
     return read_settings(
         DistillationConfig, config.knowledge_distillation, "knowledge_distillation"
     )
+
+
+def _check_layout(config: DictConfig) -> None:
+    """Raise a ValueError if processes and batches do not divide as they must."""
+    sizes = ("tensor_model", "pipeline_model", "context")
+    num_ranks = math.prod(config.model[f"{size}_parallel_size"] for size in sizes)
+    world_size = torch.distributed.get_world_size()
+    if world_size % num_ranks:
+        raise ValueError(
+            f"expected a number of processes that model's parallel sizes divide ({num_ranks}), "
+            f"got {world_size}"
+        )
+    samples = config.train.micro_batch_size * (world_size // num_ranks)
+    if config.train.global_batch_size % samples:
+        raise ValueError(
+            f"expected train.global_batch_size divisible by {samples}, train.micro_batch_size "
+            f"times the {world_size // num_ranks} replicas, got {config.train.global_batch_size}"
+        )
 
 
 def _container(config: DictConfig, provider: Any, distillation: DistillationConfig) -> Any:
