@@ -1,4 +1,4 @@
-"""A .nemo of the Llama family becomes a Hugging Face checkpoint: hf_import's inverse."""
+"""A .nemo or a checkpoint of the Llama family becomes a Hugging Face model: hf_import's inverse."""
 
 import json
 import os
@@ -14,7 +14,12 @@ from tqdm import tqdm
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo.console import quiet_host
 from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
-from nemo_kd.nemo.nemo_file import load_weights, read_model_config
+from nemo_kd.nemo.nemo_file import (
+    is_checkpoint,
+    load_weights,
+    read_checkpoint_config,
+    read_model_config,
+)
 from nemo_kd.nemo.values import check_yaml_values
 
 
@@ -35,6 +40,22 @@ def load_tokenizer(nemo: DictConfig) -> Any:
         return AutoTokenizer.from_pretrained(settings.type)
     except OSError as error:
         raise ValueError(f"source: found no tokenizer at {settings.type}: {error}") from error
+
+
+def read_source_config(source: str) -> DictConfig:
+    """Return the model config of a .nemo, or of a checkpoint of a run.
+
+    Raises:
+        ValueError: It is neither, or has adapters alone.
+    """
+    if is_checkpoint(source):
+        return read_checkpoint_config(source, "source")
+    if source.endswith(".ckpt"):
+        raise ValueError(
+            f"source: expected a .nemo or the directory of a checkpoint, got {source}; NeMo writes "
+            "such files of adapters alone, and merge.py adds the .nemo of adapters to its model"
+        )
+    return read_model_config(source, "source")
 
 
 def kept_fields(nemo: DictConfig, tokenizer: Any) -> dict[str, Any]:
@@ -63,7 +84,7 @@ def export_hf_llama(config: DictConfig) -> None:
     if output.exists():
         raise ValueError(f"output: expected a new directory, but {config.output} exists")
     quiet_host()
-    nemo = read_model_config(config.source, "source")
+    nemo = read_source_config(config.source)
     tokenizer = load_tokenizer(nemo)
     kept = kept_fields(nemo, tokenizer)
     generation = kept.pop("generation_config", None)

@@ -58,7 +58,9 @@ def seal_nemo(path: Path) -> None:
         nemo.addfile(member, io.BytesIO(content))
 
 
-def check_files(path: str | Path, key: str, weights: bool = True) -> None:
+def check_files(
+    path: str | Path, key: str, weights: bool = True, remedy: str = "write or copy it again"
+) -> None:
     """Compare every checksum that a model or a checkpoint has.
 
     Args:
@@ -66,6 +68,7 @@ def check_files(path: str | Path, key: str, weights: bool = True) -> None:
         key: The YAML key that named it, for the message.
         weights: Also those of the weights. Each rank of the job then reads its share of them, so
             that every rank has to call it.
+        remedy: What to do, for the message.
 
     Raises:
         ValueError: A file is damaged or missing.
@@ -90,9 +93,7 @@ def check_files(path: str | Path, key: str, weights: bool = True) -> None:
         faults = [fault for each in of_ranks for fault in each]
     if faults:
         more = f" (and {len(set(faults)) - 1} more faults)" if len(set(faults)) > 1 else ""
-        raise ValueError(
-            f"{key}: {path} is not as it was written: {faults[0]}{more}; write or copy it again"
-        )
+        raise ValueError(f"{key}: {path} is not as it was written: {faults[0]}{more}; {remedy}")
 
 
 @contextmanager
