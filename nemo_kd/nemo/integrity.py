@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
@@ -26,6 +27,8 @@ import yaml
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_kd.nemo.disk import one_line_if_full
 
 SEAL = "checksums.json"
 _ZIPS = (".ckpt", ".distcp", ".pt")
@@ -121,9 +124,11 @@ def restore_model(model_class: Any, path: str, key: str, config: Any, trainer: A
 
     Raises:
         ValueError: The .nemo is damaged, or its weights do not fit the config.
+        OSError: The disk on which NeMo unpacks it is full.
     """
     check_files(path, key)
-    with one_line(path, key):
+    room = "NeMo unpacks the .nemo there: set TMPDIR to a directory with more room"
+    with one_line(path, key), one_line_if_full(Path(tempfile.gettempdir()), lambda: room):
         return model_class.restore_from(path, override_config_path=config, trainer=trainer)
 
 
@@ -203,6 +208,9 @@ def _parts(files: _Files) -> tuple[list[_Part], list[str]]:
                 continue
             for file, spans in places.items():
                 file = name.removesuffix(".metadata") + file
+                if file not in files:
+                    faults.append(f"{file} is missing")
+                    continue
                 parts += [(file, *span) for span in sorted(spans)]
                 faults += _gaps(files, file, sorted(spans))
     return parts, faults
@@ -210,8 +218,6 @@ def _parts(files: _Files) -> tuple[list[_Part], list[str]]:
 
 def _gaps(files: _Files, name: str, spans: list[tuple[int, int]]) -> list[str]:
     """Whether spans, which are sorted, fill a file from its begin to its end."""
-    if name not in files:
-        return [f"{name} is missing"]
     with files[name]() as stream:
         num_bytes = stream.seek(0, io.SEEK_END)
     begins = [begin for begin, _ in spans]
@@ -241,5 +247,8 @@ def _place() -> tuple[int, int]:
 
 
 def _in_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error).strip()
+    if isinstance(error, CheckpointException):  # its text is a traceback, and ends in the cause
+        text = text.splitlines()[-1]
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) < 300 else f"{text[:300]}..."

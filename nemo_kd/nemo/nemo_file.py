@@ -109,7 +109,7 @@ def load_weights(path: str, scratch: str) -> dict[str, torch.Tensor]:
             wanted = {k: v for k, v in listed.items() if not k.startswith("optimizer.")}
             # Megatron's check is for ranks that load a part each; this process loads all.
             tensors = load(wanted, weights, validate_access_integrity=False)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix("model."): tensors[name] for name in wanted}  # not the run's counts
 
 
 def save_nemo(model: Any, path: str, remains: str = "") -> None:
