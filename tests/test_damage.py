@@ -80,6 +80,14 @@ def refused(output: str) -> str:
     return line
 
 
+FULL = "error: cannot write {}: CAUSE ("
+
+
+def no_cause(line: str) -> str:
+    """Whether torch passes the cause on depends on where in a file the disk ends."""
+    return re.sub("File too large|No space left on device|the write failed", "CAUSE", line)
+
+
 @pytest.mark.parametrize("sealed", [True, False], ids=["ours", "of NeMo itself"])
 def test_a_flipped_bit_is_named_or_changes_nothing(
     sealed: bool, nemos: dict[str, Path], tmp_path: Path
@@ -248,7 +256,7 @@ def test_a_full_disk_in_a_checkpoint(
     run = arguments(nemos["tied"], cache, logs, "trainer.max_steps=4")
     output = run_example(LIMITED_RUN, SMALL_DISK_BYTES, SCRIPT, *run, status=1)
     line = refused(output)
-    assert f"error: cannot write {logs / 'checkpoints'}: File too large (" in line
+    assert FULL.format(logs / "checkpoints") in no_cause(line)
     assert f"resumes from the newest whole checkpoint, {last(logs).name}" in line
     assert sorted(path.name for path in (logs / "checkpoints").iterdir()) == before
     output = run_example(SCRIPT, *run)
@@ -258,10 +266,10 @@ def test_a_full_disk_in_a_checkpoint(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MB, which has room for three checkpoints of the student."""
+    """A disk of 5 MB, which has room for three checkpoints of the student."""
     path = tmp_path / "disk"
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a disk")
     yield path
@@ -277,9 +285,9 @@ def test_a_disk_that_is_full(
     run = arguments(nemos["tied"], cache, logs, save_to, "trainer.max_steps=4")
     filler = small_disk / "filler"
     run_example(SCRIPT, *arguments(nemos["tied"], cache, logs))
-    filler.write_bytes(bytes(1_000_000))
+    filler.write_bytes(bytes(2_000_000))
     line = refused(run_example(SCRIPT, *run, status=1))
-    assert f"error: cannot write {logs / 'checkpoints'}: No space left on device (" in line
+    assert FULL.format(logs / "checkpoints") in no_cause(line)
     assert "resumes from the newest whole checkpoint, " in line
     assert checkpoints(logs) == ["2"]
     filler.unlink()
@@ -295,7 +303,7 @@ def test_a_full_disk_in_the_save(nemos: dict[str, Path], cache: Path, tmp_path: 
     run_example(SCRIPT, *run[:-1])
     output = run_example(LIMITED_RUN, SMALL_DISK_BYTES, SCRIPT, *run, status=1)
     line = refused(output)
-    assert f"error: cannot write {target}: File too large (" in line
+    assert FULL.format(target) in no_cause(line)
     assert "what stood there before is as it was. The checkpoints are whole" in line
     assert target.read_text() == "an earlier one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kd.nemo", "run"]
@@ -363,11 +371,11 @@ def test_damaged_adapters(
 def test_a_full_disk_in_a_checkpoint_of_adapters(
     nemos: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:
-    """Adapters that are larger than the model's matrices; torch does not say why it failed."""
+    """Adapters that are larger than the model's matrices."""
     large = [part.replace("adapter_dim=4", "adapter_dim=64") for part in LORA]
     run = arguments(nemos["tied"], cache, tmp_path / "run", *large)
     line = refused(run_example(LIMITED_RUN, SMALL_DISK_BYTES, SCRIPT, *run, status=1))
-    assert f"error: cannot write {tmp_path / 'run' / 'checkpoints'}: " in line
+    assert FULL.format(tmp_path / "run" / "checkpoints") in no_cause(line)
     assert "there is no checkpoint yet: free space" in line
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
@@ -404,5 +412,5 @@ def test_no_export_of_adapters_alone(adapters: Path, tmp_path: Path) -> None:
 def test_a_full_disk_in_an_export(nemos: dict[str, Path], tmp_path: Path) -> None:
     run = ("export_hf_llama.py", f"source={nemos['tied']}", f"output={tmp_path / 'hf'}")
     output = run_example(LIMITED_RUN, SMALL_DISK_BYTES, *run, status=1)
-    assert f"error: cannot write {tmp_path / 'hf'}: File too large (" in refused(output)
+    assert FULL.format(tmp_path / "hf") in no_cause(refused(output))
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 _CAUSES = tuple(
     os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 )
-_TORCH = "PytorchStreamWriter failed"  # torch.save's, which does not say why
+_TORCH = "inline_container.cc"  # torch.save's and torch.load's, which do not say why
 
 
 @contextmanager
@@ -47,9 +47,12 @@ def _cause(error: BaseException | None) -> str | None:
         seen.append(error)
         error = error.__cause__ or error.__context__
     texts = [str(each) for each in seen]
-    found = (cause for cause in (*_CAUSES, _TORCH) for text in texts if cause in text)
-    cause = next(found, None)
-    return "the write failed" if cause == _TORCH else cause
+    for text in texts:
+        for cause in _CAUSES:
+            if cause in text:
+                return cause
+    writes = any(_TORCH in text and "PytorchStreamReader" not in text for text in texts)
+    return "the write failed" if writes else None
 
 
 def _existing(path: Path) -> Path:
