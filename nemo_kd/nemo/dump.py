@@ -18,6 +18,7 @@ from nemo_kd.chat import Renderer, as_jsonl
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
+from nemo_kd.nemo.integrity import restore_model
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.lines import check_lines, check_tokens
 from nemo_kd.nemo.nemo_file import read_model_config, tokenizer_of
@@ -83,9 +84,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
     # Checked before the weights are read, so that a broken line costs seconds.
     manifest = on_rank_zero(lambda: _plan_cache(config, teacher, data, selection, cache), everyone)
-    model = MegatronGPTSFTModel.restore_from(
-        config.teacher.restore_from_path, override_config_path=teacher, trainer=trainer
-    )
+    path = config.teacher.restore_from_path
+    model = restore_model(MegatronGPTSFTModel, path, "teacher.restore_from_path", teacher, trainer)
     samples = build_samples(model, data, manifest.sources)
     if len(samples) != manifest.num_samples:
         raise ValueError(
