@@ -3,9 +3,9 @@
     python examples/export_hf_llama.py source=kd.nemo output=kd-hf
 
 The .nemo may come from import_hf_llama.py, train_kd_sft.py or NeMo itself, at any tensor and
-pipeline parallel size. The export needs no GPU, and memory for the weights once. A model without
-biases becomes a `llama` (also a Mistral without a sliding window); a model with biases in q, k and
-v becomes a `qwen2`.
+pipeline parallel size. The directory of a checkpoint of train_kd_sft.py is taken too. The export
+needs no GPU, and memory for the weights once. A model without biases becomes a `llama` (also a
+Mistral without a sliding window); a model with biases in q, k and v becomes a `qwen2`.
 """
 
 from pathlib import Path

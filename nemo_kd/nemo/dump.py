@@ -14,6 +14,7 @@ from nemo_kd.chat.samples import with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
+from nemo_kd.nemo.integrity import restore_model
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import read_model_config, tokenizer_of
 from nemo_kd.nemo.sources import build_samples, fingerprint_teacher
@@ -58,9 +59,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
         ),
         everyone,
     )
-    model = MegatronGPTSFTModel.restore_from(
-        config.teacher.restore_from_path, override_config_path=teacher, trainer=trainer
-    )
+    path = config.teacher.restore_from_path
+    model = restore_model(MegatronGPTSFTModel, path, "teacher.restore_from_path", teacher, trainer)
     samples = build_samples(model, data, manifest.sources)
     fill_cache(
         manifest,

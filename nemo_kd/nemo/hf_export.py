@@ -1,9 +1,11 @@
-"""A .nemo of the Llama family becomes a Hugging Face checkpoint: hf_import's inverse."""
+"""A .nemo or a checkpoint of the Llama family becomes a Hugging Face model: hf_import's inverse."""
 
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,14 @@ from tqdm import tqdm
 
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo.console import quiet_host
+from nemo_kd.nemo.disk import one_line_if_full
 from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
-from nemo_kd.nemo.nemo_file import load_weights, read_model_config
+from nemo_kd.nemo.nemo_file import (
+    is_checkpoint,
+    load_weights,
+    read_checkpoint_config,
+    read_model_config,
+)
 from nemo_kd.nemo.values import check_yaml_values
 
 
@@ -37,6 +45,22 @@ def load_tokenizer(nemo: DictConfig) -> Any:
         raise ValueError(f"source: found no tokenizer at {settings.type}: {error}") from error
 
 
+def read_source_config(source: str) -> DictConfig:
+    """Return the model config of a .nemo, or of a checkpoint of a run.
+
+    Raises:
+        ValueError: It is neither, or has adapters alone.
+    """
+    if is_checkpoint(source):
+        return read_checkpoint_config(source, "source")
+    if source.endswith(".ckpt"):
+        raise ValueError(
+            f"source: expected a .nemo or the directory of a checkpoint, got {source}; NeMo writes "
+            "such files of adapters alone, and merge.py adds the .nemo of adapters to its model"
+        )
+    return read_model_config(source, "source")
+
+
 def kept_fields(nemo: DictConfig, tokenizer: Any) -> dict[str, Any]:
     """Return what the import kept of the source's config, and its generation_config.
 
@@ -49,11 +73,27 @@ def kept_fields(nemo: DictConfig, tokenizer: Any) -> dict[str, Any]:
     return {"vocab_size": rows, **{name: getattr(tokenizer, name) for name in KEPT[1:]}}
 
 
+@contextmanager
+def published(output: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `output` at the end, and is removed on an error."""
+    saving = output.with_name(f".{output.name}.saving")
+    shutil.rmtree(saving, ignore_errors=True)  # a killed export may have left it
+    try:
+        with one_line_if_full(output, lambda: "nothing of it is left"):
+            saving.mkdir(parents=True)
+            yield saving
+            os.replace(saving, output)  # last, so that what stands there is whole
+    finally:
+        shutil.rmtree(saving, ignore_errors=True)
+
+
 def export_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/export_hf_llama.yaml.
 
     Raises:
-        ValueError: A key or a path does not fit, or the source is not a model of the Llama family.
+        ValueError: A key or a path does not fit, or the source is damaged or not a model of the
+            Llama family.
+        OSError: The disk is full.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -63,7 +103,7 @@ def export_hf_llama(config: DictConfig) -> None:
     if output.exists():
         raise ValueError(f"output: expected a new directory, but {config.output} exists")
     quiet_host()
-    nemo = read_model_config(config.source, "source")
+    nemo = read_source_config(config.source)
     tokenizer = load_tokenizer(nemo)
     kept = kept_fields(nemo, tokenizer)
     generation = kept.pop("generation_config", None)
@@ -71,10 +111,7 @@ def export_hf_llama(config: DictConfig) -> None:
     with torch.device("meta"):  # the names and shapes, without memory for the weights
         model = AutoModelForCausalLM.from_config(model_config)
 
-    saving = output.with_name(f".{output.name}.saving")
-    shutil.rmtree(saving, ignore_errors=True)  # a killed export may have left it
-    saving.mkdir(parents=True)
-    try:
+    with published(output) as saving:
         # The unpacked .nemo goes before the converted model needs the same space again.
         with tempfile.TemporaryDirectory(dir=saving) as unpacked:
             weights = load_weights(config.source, unpacked)
@@ -86,9 +123,6 @@ def export_hf_llama(config: DictConfig) -> None:
         if generation is not None:  # as it was published; transformers would refuse some
             (saving / "generation_config.json").write_text(json.dumps(generation, indent=2))
         tokenizer.save_pretrained(saving)
-        os.replace(saving, output)  # last, so that what stands there is whole
-    finally:
-        shutil.rmtree(saving, ignore_errors=True)
     print(
         f"{config.output}: {model_config.model_type}, {model_config.num_hidden_layers} layers, "
         f"{num_parameters / 1e6:.1f}M parameters, {model.dtype}"

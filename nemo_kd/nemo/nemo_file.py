@@ -13,14 +13,16 @@ from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
 from nemo_kd.cache.manifest import fingerprint_model
+from nemo_kd.nemo.disk import one_line_if_full
+from nemo_kd.nemo.integrity import check_files, one_line, seal_nemo
 
 
 def read_model_config(path: str, key: str) -> DictConfig:
     """Return the model config inside a .nemo file or an unpacked .nemo directory.
 
     Raises:
-        ValueError: There is no such file, or it is no .nemo; `key` is the YAML key that named it,
-            for the message.
+        ValueError: There is no such file, it is no .nemo, or what it has beside its weights is
+            damaged; `key` is the YAML key that named it, for the message.
     """
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
@@ -35,7 +37,9 @@ def read_model_config(path: str, key: str) -> DictConfig:
     )
     if not is_nemo:
         raise ValueError(f"{key}: expected a .nemo (a tar with model_config.yaml), got {path}")
-    config = MegatronGPTSFTModel.restore_from(path, return_config=True)
+    check_files(path, key, weights=False)
+    with one_line(path, key):
+        config = MegatronGPTSFTModel.restore_from(path, return_config=True)
     if not config.get("mcore_gpt", False):
         raise ValueError(f"{key}: expected a Megatron Core model (mcore_gpt: true), got {path}")
     named = config.get("tokenizer", {}).get("type")
@@ -48,18 +52,40 @@ def read_model_config(path: str, key: str) -> DictConfig:
     return config
 
 
-def load_weights(path: str, scratch: str) -> dict[str, torch.Tensor]:
-    """Return a .nemo's weights by Megatron's names, on the CPU, whatever layout wrote them.
+def is_checkpoint(path: str) -> bool:
+    """Whether this is a checkpoint of a run, a directory that NeMo wrote, and no .nemo."""
+    return os.path.exists(os.path.join(path, ".metadata"))
 
-    Args:
-        path: The .nemo.
-        scratch: A directory on a disk that holds the weights once more.
+
+def read_checkpoint_config(path: str, key: str) -> DictConfig:
+    """Return the model config that Lightning keeps in a checkpoint of a run.
 
     Raises:
-        ValueError: It holds no distributed checkpoint.
+        ValueError: The checkpoint is damaged, or keeps no config of a Megatron Core model.
     """
-    from megatron.core.dist_checkpointing import load_plain_tensors
+    from megatron.core.dist_checkpointing import load_common_state_dict
 
+    check_files(path, key, weights=False)
+    with one_line(path, key):
+        config = load_common_state_dict(path).get("hyper_parameters", {}).get("cfg")
+    if config is None or not config.get("mcore_gpt", False):
+        raise ValueError(f"{key}: expected a checkpoint of train_kd_sft.py, got {path}")
+    return config
+
+
+def load_weights(path: str, scratch: str) -> dict[str, torch.Tensor]:
+    """Return a model's weights by Megatron's names, on the CPU, whatever layout wrote them.
+
+    Args:
+        path: A .nemo, or a checkpoint of a run, whose optimizer is not read.
+        scratch: A directory on a disk that holds the weights of a .nemo once more.
+
+    Raises:
+        ValueError: It is damaged, or holds no distributed checkpoint.
+    """
+    from megatron.core.dist_checkpointing import load, load_tensors_metadata
+
+    check_files(path, "source")
     with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
         directory = path
         if os.path.isfile(path):
@@ -68,7 +94,7 @@ def load_weights(path: str, scratch: str) -> dict[str, torch.Tensor]:
                 members = [member for member in nemo if "model_weights/" in member.name]
                 shown = tqdm(members, "unpacking", unit="file", disable=None)
                 nemo.extractall(unpacked, shown, filter="data")
-        weights = os.path.join(directory, "model_weights")
+        weights = directory if is_checkpoint(path) else os.path.join(directory, "model_weights")
         if not os.path.isdir(weights):
             raise ValueError(
                 f"source: expected a distributed checkpoint of a whole model (model_weights/) in "
@@ -78,24 +104,48 @@ def load_weights(path: str, scratch: str) -> dict[str, torch.Tensor]:
         if not torch.distributed.is_initialized():  # Megatron asks for a group, if only of one
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        tensors = load_plain_tensors(weights)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        with one_line(path, "source"):
+            listed = load_tensors_metadata(weights)
+            wanted = {k: v for k, v in listed.items() if not k.startswith("optimizer.")}
+            # Megatron's check is for ranks that load a part each; this process loads all.
+            tensors = load(wanted, weights, validate_access_integrity=False)
+    return {name.removeprefix("model."): tensors[name] for name in wanted}  # not the run's counts
 
 
-def save_nemo(model: Any, path: str) -> None:
-    """Write a .nemo by one atomic rename. Every rank of the model calls it.
+def save_nemo(model: Any, path: str, remains: str = "") -> None:
+    """Write a .nemo, with checksums, by one atomic rename. Every rank of the model calls it.
 
     NeMo collects the weights in the directory of the .nemo, under the same name for every .nemo.
     Two runs that save into one directory would mix their weights, so that each has its own here.
+
+    Args:
+        model: NeMo's model.
+        path: The .nemo.
+        remains: What to say of what is left if the disk is full.
+
+    Raises:
+        OSError: It cannot be written; what stood at `path` stays.
     """
     target = Path(path).absolute()
     directory = target.parent / f".{target.name}.saving"
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_to(str(directory / target.name))
-    # NeMo's save of a whole model ends in a barrier, so that the other ranks are done by now.
-    if torch.distributed.get_rank() == 0:
-        os.replace(directory / target.name, target)
-        shutil.rmtree(directory)
+
+    def clear() -> str:
+        if torch.distributed.get_rank() == 0:  # another rank's failure ends this one too
+            shutil.rmtree(directory, ignore_errors=True)
+        return f"what stood there before is as it was. {remains}".rstrip()
+
+    with one_line_if_full(target, clear):
+        directory.mkdir(parents=True, exist_ok=True)
+        before, tempfile.tempdir = tempfile.tempdir, str(directory)  # NeMo's copy, else in /tmp
+        try:
+            model.save_to(str(directory / target.name))
+        finally:
+            tempfile.tempdir = before
+        # NeMo's save of a whole model ends in a barrier, so that the other ranks are done by now.
+        if torch.distributed.get_rank() == 0:
+            seal_nemo(directory / target.name)
+            os.replace(directory / target.name, target)
+            shutil.rmtree(directory)
 
 
 def fingerprint_checkpoint(name: str, settings: str = "") -> str:

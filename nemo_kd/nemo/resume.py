@@ -8,6 +8,7 @@ validates, logs and ends.
 import signal
 import time
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +21,22 @@ from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from nemo.utils.exp_manager import StatelessTimer, exp_manager
 from omegaconf import DictConfig
 
-from nemo_kd.nemo.run_directory import checkpoint_directory, prepare
+from nemo_kd.nemo.disk import one_line_if_full
+from nemo_kd.nemo.integrity import check_files, one_line, seal_directory
+from nemo_kd.nemo.nemo_file import is_checkpoint
+from nemo_kd.nemo.run_directory import (
+    checked_before_resuming,
+    checkpoint_directory,
+    prepare,
+    what_remains,
+)
 from nemo_kd.process import exit_stopped, say
 from nemo_kd.ranks import on_rank_zero
+
+_REMEDY = (
+    "move it away, and the same command resumes from the newest other checkpoint in its directory, "
+    "or from the start"
+)
 
 
 def start_exp_manager(
@@ -41,7 +55,7 @@ def start_exp_manager(
 
     Raises:
         ValueError: The names of the checkpoints would leave out the place in the data, or the
-            run's directory has the checkpoints of a run with other settings.
+            run's directory has the checkpoints of a run with other settings, or a damaged one.
     """
     if config is None:
         return
@@ -57,6 +71,8 @@ def start_exp_manager(
         # The other ranks wait, so that they find the directory as rank 0 leaves it.
         line = on_rank_zero(lambda: prepare(directory, settings, allow_changes))
         say(line)
+        for path in checked_before_resuming(directory):
+            check_files(path, "the checkpoint to resume from", remedy=_REMEDY)
     elif not any(config.get(key) for key in ("resume_if_exists", "explicit_log_dir", "version")):
         # NeMo names the directory by the time, which differs among ranks.
         config.version = on_rank_zero(lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -67,9 +83,40 @@ def start_exp_manager(
     config.create_preemption_callback = False
     exp_manager(trainer, config)
     checkpoint: Any = trainer.checkpoint_callback
+    if checkpoint is not None:
+        _seal_checkpoints(checkpoint)
     if checkpoint is not None and trainer.ckpt_path:
         # The next checkpoint then replaces the one resumed from: NeMo refuses to resume from two.
         checkpoint.last_model_path = trainer.ckpt_path.removesuffix(".ckpt") + ".ckpt"
+
+
+def _seal_checkpoints(callback: Any) -> None:
+    """Let NeMo's callback write the checksums of a checkpoint before it marks it as whole."""
+    mark = callback.remove_checkpoint_unfinished_marker
+
+    def seal_and_mark(path: Any, barrier_before: bool = False) -> None:
+        directory = Path(str(path).removesuffix(".ckpt"))
+        if torch.distributed.get_rank() == 0 and is_checkpoint(str(directory)):
+            seal_directory(directory)  # of files that this rank has written
+        mark(path, barrier_before=barrier_before)
+
+    callback.remove_checkpoint_unfinished_marker = seal_and_mark
+
+
+def fit(trainer: Trainer, model: Any) -> None:
+    """Train; a full disk, or a checkpoint that does not fit the model, ends it with one line.
+
+    Raises:
+        OSError: A checkpoint could not be written. The run resumes from the newest whole one.
+        ValueError: The checkpoint that the run resumes from is not one of this model.
+    """
+    callback: Any = trainer.checkpoint_callback
+    directory = Path(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+    with (
+        one_line(trainer.ckpt_path or directory, "the checkpoint to resume from"),
+        one_line_if_full(directory, lambda: what_remains(directory)),
+    ):
+        trainer.fit(model)
 
 
 def exit_if_stopped(trainer: Trainer) -> None:

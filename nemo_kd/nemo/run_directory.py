@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def prepare(directory: Path, settings: dict[str, Any], allow_changes: bool) -> s
     NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)
     name = _mark_newest(directory)
     if name is not None and record.exists() and not allow_changes:
-        _refuse_changes(directory, json.loads(record.read_text()), settings)
+        _refuse_changes(directory, _read_settings(record), settings)
     temporary = record.with_suffix(".tmp")
     temporary.write_text(json.dumps(settings, indent=2) + "\n")
     os.replace(temporary, record)
@@ -87,18 +88,44 @@ def prepare(directory: Path, settings: dict[str, Any], allow_changes: bool) -> s
     return f"{directory}: the run resumes from {name}"
 
 
-def _mark_newest(directory: Path) -> str | None:
-    """Make the newest whole checkpoint the only one whose name ends in -last."""
+def checked_before_resuming(directory: Path) -> list[Path]:
+    """The directory, or the file of each rank, of the checkpoint that NeMo resumes from."""
+    return [
+        path for name, paths in _paths(directory).items() if name.endswith(_LAST) for path in paths
+    ]
+
+
+def what_remains(directory: Path) -> str:
+    """Remove what a failed write has left half written, and say what the run can resume from."""
+    NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)  # on rank 0
+    newest = _newest(_paths(directory))
+    if newest is None:
+        return "there is no checkpoint yet: free space, and call the same command again"
+    return f"free space, and the same command resumes from the newest whole checkpoint, {newest}"
+
+
+def _paths(directory: Path) -> dict[str, list[Path]]:
+    """The directory or the files of each checkpoint, by its name."""
     paths_of = defaultdict(list)
     for path in directory.glob("*"):
         if path.is_dir() and not re.match("(mp|tp)_rank", path.name):
             paths_of[path.name].append(path)
-    for path in directory.rglob("*.ckpt"):  # adapters, a file for each rank
+    for path in sorted(directory.rglob("*.ckpt")):  # adapters, a file for each rank
         name = Path(uninject_model_parallel_rank(path)).name.removesuffix(".ckpt")
         paths_of[name].append(path)
-    if not paths_of:
+    return paths_of
+
+
+def _newest(names: Iterable[str]) -> str | None:
+    return max(names, key=lambda name: (_place(name), name.endswith(_LAST)), default=None)
+
+
+def _mark_newest(directory: Path) -> str | None:
+    """Make the newest whole checkpoint the only one whose name ends in -last."""
+    paths_of = _paths(directory)
+    newest = _newest(paths_of)
+    if newest is None:
         return None
-    newest = max(paths_of, key=lambda name: (_place(name), name.endswith(_LAST)))
     last = newest.removesuffix(_LAST) + _LAST
     if last not in paths_of:
         NeMoModelCheckpoint.set_checkpoint_unfinished_marker(directory / last)
@@ -127,6 +154,17 @@ def _link(source: Any, target: Any) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def _read_settings(record: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = dict(json.loads(record.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{record} is damaged: it says with which settings the run began; if they are those of "
+            "this command, remove it"
+        ) from error
+    return settings
 
 
 def _refuse_changes(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

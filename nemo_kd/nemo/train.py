@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import report_short_fields
+from nemo_kd.nemo.integrity import restore_model
 from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
 from nemo_kd.nemo.trainer import (
@@ -20,6 +21,8 @@ from nemo_kd.nemo.trainer import (
 from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.process import say
 from nemo_kd.ranks import on_rank_zero
+
+_AFTER_TRAINING = "The checkpoints are whole: free space, and the same command saves the last one"
 
 
 def check_settings(config: DictConfig) -> None:
@@ -139,7 +142,8 @@ def train_kd_sft(config: DictConfig) -> None:
     """Train the student that `config` describes: see examples/conf/train_kd_sft.yaml.
 
     Raises:
-        ValueError: A setting, the student or a cache does not fit.
+        ValueError: A setting, the student, a cache or a checkpoint does not fit, or is damaged.
+        OSError: A checkpoint or `save_to` cannot be written.
     """
     check_settings(config)  # before prepare_accelerator, which replaces what a CPU cannot do
     student = read_model_config(config.model.restore_from_path, "model.restore_from_path")
@@ -156,34 +160,45 @@ def train_kd_sft(config: DictConfig) -> None:
 
     from nemo_kd.nemo.data import check_files
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
-    from nemo_kd.nemo.resume import exit_if_stopped, start_exp_manager
+    from nemo_kd.nemo.resume import start_exp_manager
     from nemo_kd.nemo.run_directory import settings_of
-    from nemo_kd.nemo.summary import follow
 
     with open_dict(config):
         config.model = model_config  # the trainer's plugins read keys that only the .nemo has
+    has_adapters = config.model.peft.peft_scheme is not None
+    if has_adapters:
+        from nemo_kd.nemo.lora import add_adapters, check_adapters
+
+        check_adapters(config.model)
     trainer = build_trainer(config)
     check_batches(model_config, trainer.world_size)
     initialize_model_parallel(trainer, model_config)
     on_rank_zero(lambda: check_files(model_config))
     settings = None if validates else settings_of(asked)
     start_exp_manager(trainer, config.exp_manager, settings, config.resume_changed)
-    model = MegatronGPTSFTKDModel.restore_from(
-        config.model.restore_from_path, override_config_path=model_config, trainer=trainer
-    )
-    if config.model.peft.peft_scheme is not None:
-        from nemo_kd.nemo.lora import add_adapters
-
+    path, key = config.model.restore_from_path, "model.restore_from_path"
+    model = restore_model(MegatronGPTSFTKDModel, path, key, model_config, trainer)
+    if has_adapters:
         add_adapters(model, config.model.peft)
+    _train_and_save(config, trainer, model, validates)
+
+
+def _train_and_save(config: DictConfig, trainer: Any, model: Any, validates: bool) -> None:
+    from nemo_kd.nemo.resume import exit_if_stopped, fit
+    from nemo_kd.nemo.summary import follow
+
     summary = follow(trainer)
-    (trainer.validate if validates else trainer.fit)(model)
-    report_short_fields()
     if validates:
+        trainer.validate(model)
+        report_short_fields()
         return
+    fit(trainer, model)
+    report_short_fields()
     exit_if_stopped(trainer)
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)
-        save_nemo(model, config.save_to)
+        has_checkpoints = trainer.checkpoint_callback is not None
+        save_nemo(model, config.save_to, _AFTER_TRAINING if has_checkpoints else "")
     if torch.distributed.get_rank() == 0:
         print(summary.report(trainer, config.save_to))
