@@ -77,15 +77,15 @@ class KDCaches(DatasetProvider):
     objective: KDLossConfig = field(default_factory=KDLossConfig)
     global_batch_size: int = 1
 
-    def __post_init__(self) -> None:
-        number, of = (len(self.names or []), len(self.validation_caches))
-        if self.names is not None and number != of:
-            raise ValueError(f"dataset.names: expected a name for each of {of} sets, got {number}")
-        if self.weights is not None and len(self.weights) != len(self.train_caches):
-            raise ValueError(
-                f"dataset.weights: expected a weight for each of {len(self.train_caches)} caches, "
-                f"got {len(self.weights)}"
-            )
+    def check(self) -> None:
+        """Raise a ValueError if there are not as many names or weights as caches."""
+        for key, caches in ("names", self.validation_caches), ("weights", self.train_caches):
+            given = getattr(self, key)
+            if given is not None and len(given) != len(caches):
+                raise ValueError(
+                    f"dataset.{key}: expected one for each of {len(caches)} caches, got "
+                    f"{len(given)}"
+                )
 
     @property
     def set_names(self) -> list[str]:
@@ -113,6 +113,7 @@ def check_caches(dataset: KDCaches, hf_path: str) -> None:
     Raises:
         ValueError: One does not fit.
     """
+    dataset.check()
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
     for path in (*dataset.train_caches, *dataset.validation_caches):
         check_fits(

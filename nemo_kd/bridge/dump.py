@@ -21,7 +21,7 @@ from nemo_kd.chat.samples import (
     with_found_format,
 )
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
-from nemo_kd.ranks import on_rank_zero
+from nemo_kd.ranks import on_rank_zero, start
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.fill import fill_cache
 from nemo_kd.teacher.forward import Teacher
@@ -59,7 +59,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     from megatron.core import parallel_state
 
     from nemo_kd.bridge.dataset import Tokenizer
-    from nemo_kd.bridge.models import read_model, start, tokenizer_config
+    from nemo_kd.bridge.models import read_model, tokenizer_config
 
     _, provider = read_model(config.model, config.device)
     provider.seq_length = max(provider.seq_length, data.max_seq_length)

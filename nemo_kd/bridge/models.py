@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,6 @@ from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
-
-
-def start(device: str) -> None:
-    """Start torch.distributed, by torchrun's variables, by those of srun, or for one process.
-
-    Args:
-        device: "gpu" or "cpu".
-
-    Raises:
-        ValueError: Under srun the job has not said where rank 0 is.
-    """
-    in_job = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-    if "RANK" not in os.environ and in_job:
-        if "MASTER_ADDR" not in os.environ:
-            raise ValueError(
-                "under srun expected MASTER_ADDR, the node of rank 0, found none; in the job "
-                "script: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head "
-                "-n 1)"
-            )
-        for name, slurms in ("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID"):
-            os.environ[name] = os.environ[f"SLURM_{slurms}"]
-        os.environ.setdefault("MASTER_PORT", "29500")
-    alone = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")
-    for name, value in (*alone, ("MASTER_PORT", str(_free_port()))):
-        os.environ.setdefault(name, value)
-    if device == "gpu":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if device == "gpu" else "gloo")
 
 
 def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
@@ -62,7 +33,8 @@ def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"model.hf_path: expected weights in {path}, found no *.safetensors")
     try:
-        bridge = AutoBridge.from_hf_pretrained(str(path), torch_dtype=_dtype(device))
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        bridge = AutoBridge.from_hf_pretrained(str(path), torch_dtype=dtype)
     except ValueError as error:
         first = next(line.strip() for line in str(error).splitlines() if line.strip(" ✗"))
         raise ValueError(f"model.hf_path: {path}: {first}") from error
@@ -107,15 +79,3 @@ def set_fields(target: Any, section: DictConfig, name: str, leave_out: tuple[str
             raise ValueError(f"{name}.{key} is no key of Bridge's {type(target).__name__}{hint}")
         setattr(target, key, values[key])
     return target
-
-
-def _dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("localhost", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port

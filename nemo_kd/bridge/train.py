@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.process import exit_stopped, rank, say
-from nemo_kd.ranks import on_rank_zero
+from nemo_kd.ranks import check_batches, on_rank_zero, start
 
+_RANKS = ("tensor_model", "pipeline_model", "context")
 _SECTIONS = (
     *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
     *("scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
@@ -36,11 +37,15 @@ def train_kd_sft(config: DictConfig) -> None:
 
     from nemo_kd.bridge.dataset import check_caches
     from nemo_kd.bridge.forward_step import KDForwardStep
-    from nemo_kd.bridge.models import read_model, start
+    from nemo_kd.bridge.models import read_model
 
     bridge, provider = read_model(config.model, config.device)
     start(config.device)
-    _check_layout(config)
+    check_batches(
+        num_model_ranks=math.prod(config.model[f"{size}_parallel_size"] for size in _RANKS),
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+    )
     container = _container(config, provider, distillation)
     on_rank_zero(lambda: check_caches(container.dataset, config.model.hf_path))
     step = KDForwardStep(distillation, container.dataset.set_names)
@@ -103,12 +108,8 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
                 raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
     if not config.dataset.train_caches:
         raise ValueError("dataset.train_caches: expected cache directories, got none")
-    if config.save_hf is not None:
-        target = Path(config.save_hf)
-        if target.exists():
-            raise ValueError(f"save_hf: expected a new directory, but there exists {target}")
-        if target.resolve() == Path(config.model.hf_path).resolve():
-            raise ValueError(f"save_hf: expected another directory than model.hf_path, {target}")
+    if config.save_hf is not None and Path(config.save_hf).exists():
+        raise ValueError(f"save_hf: expected a new directory, but there exists {config.save_hf}")
     for key in "load", "pretrained_checkpoint":
         path = config.checkpoint.get(key)
         if path is not None and not Path(path).is_dir():
@@ -130,24 +131,6 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
     return read_settings(
         DistillationConfig, config.knowledge_distillation, "knowledge_distillation"
     )
-
-
-def _check_layout(config: DictConfig) -> None:
-    """Raise a ValueError if processes and batches do not divide as they must."""
-    sizes = ("tensor_model", "pipeline_model", "context")
-    num_ranks = math.prod(config.model[f"{size}_parallel_size"] for size in sizes)
-    world_size = torch.distributed.get_world_size()
-    if world_size % num_ranks:
-        raise ValueError(
-            f"expected a number of processes that model's parallel sizes divide ({num_ranks}), "
-            f"got {world_size}"
-        )
-    samples = config.train.micro_batch_size * (world_size // num_ranks)
-    if config.train.global_batch_size % samples:
-        raise ValueError(
-            f"expected train.global_batch_size divisible by {samples}, train.micro_batch_size "
-            f"times the {world_size // num_ranks} replicas, got {config.train.global_batch_size}"
-        )
 
 
 def _container(config: DictConfig, provider: Any, distillation: DistillationConfig) -> Any:

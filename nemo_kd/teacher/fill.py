@@ -66,8 +66,23 @@ def fill_cache(
     # Rank 0 creates the cache or refuses it before any other rank looks into it.
     writer = on_rank_zero(open_cache, everyone)
     replica, teacher = start()
+    run = TeacherRun(writer, replica, teacher, samples, data)
+    num_truncated = _run_all(run, shards, is_first_replica, everyone)
+    if num_truncated:
+        say(
+            f"truncated samples: {num_truncated} (data.max_seq_length={data.max_seq_length}; each "
+            "ends after the last turn of the assistant that fits)"
+        )
+    if torch.distributed.get_rank() == 0:
+        _report(writer, data)
+
+
+def _run_all(
+    run: TeacherRun, shards: list[int], is_first_replica: bool, everyone: ProcessGroup
+) -> int:
+    """Fill `shards` with all replicas, and return how many samples were truncated."""
+    replica = run.replica
     try:
-        run = TeacherRun(writer, replica, teacher, samples, data)
         run.fill(shards, replica.leads and is_first_replica)
         num_truncated = torch.tensor(run.num_truncated if replica.leads else 0)
         # A sum over the replicas. It also keeps each rank until all shards are there: a rank that
@@ -76,13 +91,7 @@ def fill_cache(
     except RuntimeError:  # gloo's, when a rank that this one waits for has ended, maybe by SIGTERM
         replica.stop_if_asked_alone()
         raise
-    if num_truncated:
-        say(
-            f"truncated samples: {num_truncated} (data.max_seq_length={data.max_seq_length}; each "
-            "ends after the last turn of the assistant that fits)"
-        )
-    if torch.distributed.get_rank() == 0:
-        _report(writer, data)
+    return int(num_truncated)
 
 
 def _check_supervision(samples: ConcatDataset[Any], max_share: float) -> None:

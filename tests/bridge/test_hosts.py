@@ -155,7 +155,7 @@ def test_a_resumed_run_has_the_same_curve(
 BAD: dict[str, tuple[list[str], str]] = {
     "no such model": (["model.hf_path=nowhere"], "found no nowhere/config.json"),
     "no such cache": (["dataset.train_caches=[nowhere]"], "expected cache directories, found none"),
-    "a key of no section": (["+model.recompute=full"], "is no key of Bridge's Llama"),
+    "a key of no section": (["+model.recompute=full"], "is no key of Bridge's GPTModelProvider"),
     "another section": (["+peft.dim=8"], "peft is a key that nothing reads"),
     "a misspelt key": (["train.train_iter=5"], "train_iter"),
     "nothing is kept": (["checkpoint.save=null"], "expected save_hf=DIRECTORY or checkpoint.save"),
