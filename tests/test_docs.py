@@ -82,8 +82,9 @@ def calls(text: str) -> list[tuple[str, list[str]]]:
 
 def compose_command(name: str, overrides: list[str]) -> None:
     """Hydra knows every key. Every value is given, unless `...` says that some are left out."""
-    with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
-        config = compose(name, [word for word in overrides if word != "..."])
+    path = ROOT / "examples" / "conf" / name
+    with initialize_config_dir(str(path.parent), version_base=None):
+        config = compose(path.name, [word for word in overrides if word != "..."])
     if "..." not in overrides:
         assert not OmegaConf.missing_keys(config), overrides
 
