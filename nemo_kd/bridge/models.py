@@ -43,12 +43,16 @@ def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
     # norm at a tensor-parallel size above 1 counts the shards of rank 0 only.
     provider.perform_initialization = True
     set_fields(provider, model, "model", leave_out=("hf_path",))
-    if provider.vocab_size % provider.tensor_model_parallel_size:
-        raise ValueError(
-            f"expected model.tensor_model_parallel_size to divide the {provider.vocab_size} rows "
-            f"of the embedding, which Bridge does not pad, got "
-            f"{provider.tensor_model_parallel_size}"
-        )
+    for kind, number, what in (
+        ("tensor", provider.vocab_size, "rows of the embedding, which Bridge does not pad"),
+        ("pipeline", provider.num_layers, "layers"),
+    ):
+        size = getattr(provider, f"{kind}_model_parallel_size")
+        if number % size:
+            raise ValueError(
+                f"expected model.{kind}_model_parallel_size to divide the {number} {what}, got "
+                f"{size}"
+            )
     if device == "cpu":
         cpu_backend.prepare_provider(provider)
     return bridge, provider

@@ -71,8 +71,12 @@ def test_a_dump_has_the_bytes_of_the_nemo_host(cache: Path) -> None:
 def test_a_dump_at_another_layout(
     layout: str, cache: Path, wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
 ) -> None:
-    overrides = {"data": []}.get(layout, [f"model.{layout}_model_parallel_size=2"])
-    arguments = dump_arguments(wide_llamas["untied"], jsonl, tmp_path / "cache")
+    overrides = [] if layout == "data" else [f"model.{layout}_model_parallel_size=2"]
+    teacher = wide_llamas["untied"]
+    if layout == "pipeline":  # the other one has three layers
+        teacher, cache = wide_llamas["tied"], tmp_path / "whole"
+        run_example(DUMP, *dump_arguments(teacher, jsonl, cache))
+    arguments = dump_arguments(teacher, jsonl, tmp_path / "cache")
     run_example(DUMP, *arguments, "cache.samples_per_shard=4", *overrides, processes=2)
     for one, other in zip(TopKCache.open(cache), TopKCache.open(tmp_path / "cache"), strict=True):
         assert np.array_equal(one.tokens, other.tokens)
@@ -165,6 +169,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a layout that does not fit": (
         ["model.tensor_model_parallel_size=3"],
         "expected model.tensor_model_parallel_size to divide the 512 rows",
+    ),
+    "layers that do not divide": (
+        ["model.pipeline_model_parallel_size=3"],
+        "expected model.pipeline_model_parallel_size to divide the 2 layers",
     ),
     "a batch that does not divide": (["train.micro_batch_size=3"], "train.global_batch_size"),
 }
