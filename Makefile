@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 MEGATRON_CORE := # another release than pyproject.toml's, to be tried in a VENV of its own
 READY := $(VENV)/.ready
+VENV_BRIDGE := .venv-bridge
+READY_BRIDGE := $(VENV_BRIDGE)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo study test test-matrix fuzz lint format bench clean
+.PHONY: help setup setup-bridge test-bridge demo study test test-matrix fuzz lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
 	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes)"
 	@echo "make study  KD + SFT against SFT, two hours (SMALL=1: the same in minutes, for no figures)"
-	@echo "make test   all tests"
+	@echo "make test   all tests of the NeMo host, and of what no host is in"
+	@echo "make setup-bridge  .venv-bridge with Megatron-Bridge, the second host"
+	@echo "make test-bridge   the tests of the second host"
 	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with"
 	@echo "make fuzz   random inputs of the loss against its formula in long double (CASES=20000)"
 	@echo "make lint   ruff and mypy"
@@ -34,6 +38,18 @@ endif
 	# NeMo's C++ index helper, once, rather than by each process at its first use
 	$(MAKE) --silent -C $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("nemo").submodule_search_locations[0])')/collections/nlp/data/language_modeling/megatron
 	touch $@
+
+# Megatron-Bridge's dependencies are CUDA builds (Transformer Engine, mamba-ssm) without a use here.
+$(READY_BRIDGE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_BRIDGE)
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,dev]' --constraint constraints.txt
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.3.1 nvidia-resiliency-ext==0.4.1
+	touch $@
+
+setup-bridge: $(READY_BRIDGE)
+
+test-bridge: $(READY_BRIDGE)
+	$(VENV_BRIDGE)/bin/python -m pytest --numprocesses 2 tests/bridge $(ARGS)
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(SMALL),--small)

@@ -9,10 +9,12 @@ from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.chat.formats import FORMATS, RENDERED
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.selection import SelectionConfig
 
+# The formats of SFT data whose samples this package renders (nemo_kd/chat), and all formats.
+RENDERED = ("messages", "sharegpt", "alpaca", "prompt_completion")
+FORMATS = ("prompt", "nemo_chat", *RENDERED)
 # The keys of NeMo's chat_prompt_tokens.
 _CHAT_TOKENS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
 
@@ -129,6 +131,11 @@ class DataConfig:
                     f"expected chat_prompt_tokens with a text for each of "
                     f"{', '.join(_CHAT_TOKENS)}, got {problem} {names[0]}"
                 )
+
+    @property
+    def host_settings(self) -> dict[str, Any]:
+        """What a host's dataset must be given in another form, or asks for and never reads."""
+        return {"prompt_template": self.escaped_template, "min_seq_length": 1}
 
     @property
     def escaped_template(self) -> str:

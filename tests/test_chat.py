@@ -227,8 +227,8 @@ BAD_LINES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
+    from nemo_kd.chat.lines import check_lines
     from nemo_kd.config import DataConfig
-    from nemo_kd.nemo.lines import check_lines
 
     record, message = BAD_LINES[case]
     good = {"system": "", "conversations": [TURN, REPLY]}
@@ -241,6 +241,6 @@ def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_what_nemo_takes_is_not_refused(name: str) -> None:
-    from nemo_kd.nemo.lines import _check_conversation
+    from nemo_kd.chat.lines import _check_conversation
 
     assert not _check_conversation(CONVERSATIONS[name])

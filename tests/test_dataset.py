@@ -63,7 +63,7 @@ def nemo_dataset(tmp_path: Path, records: list[dict[str, str]], tokenizer: Any, 
 
 def write_cache(path: Path, nemo: Any, tokenizer: Any, **more: Any) -> TopKCache:
     """Write a cache of NeMo's samples with random rows."""
-    from nemo_kd.nemo.sources import cut_sample
+    from nemo_kd.chat.samples import cut_sample
 
     manifest = Manifest(
         selection={"kind": "top_k", "k": K, "temperature": 1.0},

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # What runs an entry -> its YAML.
 ENTRIES = {
+    "bridge/dump_teacher_topk.py": "bridge/dump_teacher_topk",
+    "bridge/train_kd_sft.py": "bridge/train_kd_sft",
     "dump_teacher_topk.py": "dump_teacher_topk",
     "dump_array.sh": "dump_teacher_topk",
     "nemo-kd dump": "dump_teacher_topk",
@@ -80,8 +82,9 @@ def calls(text: str) -> list[tuple[str, list[str]]]:
 
 def compose_command(name: str, overrides: list[str]) -> None:
     """Hydra knows every key. Every value is given, unless `...` says that some are left out."""
-    with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
-        config = compose(name, [word for word in overrides if word != "..."])
+    path = ROOT / "examples" / "conf" / name
+    with initialize_config_dir(str(path.parent), version_base=None):
+        config = compose(path.name, [word for word in overrides if word != "..."])
     if "..." not in overrides:
         assert not OmegaConf.missing_keys(config), overrides
 
@@ -132,7 +135,7 @@ def test_the_command_in_a_files_comments_composes(path: Path) -> None:
     if path.parent.name == "experiment":
         assert f"+experiment={path.stem}" in overrides
     elif path.suffix == ".yaml":
-        assert name == path.stem
+        assert Path(name).name == path.stem
     assert "..." not in overrides
     compose_command(name, overrides)
 

@@ -208,7 +208,7 @@ def test_other_selections(
 
 
 def test_shards_are_numbers_and_ranges() -> None:
-    from nemo_kd.teacher.run import parse_shards
+    from nemo_kd.teacher.plan import parse_shards
 
     assert parse_shards(None, 3) == [0, 1, 2]
     assert parse_shards(7, 8) == [7]  # what Hydra makes of cache.shards=7

@@ -8,8 +8,8 @@ import pytest
 from runs import dump_arguments, run_example, train_arguments, write_jsonl
 
 from nemo_kd.cache import TopKCache
+from nemo_kd.chat.lines import check_lines, check_tokens
 from nemo_kd.config import DataConfig, read_settings
-from nemo_kd.nemo.lines import check_lines, check_tokens
 
 GOOD = b'{"input": "a", "output": "b"}\n'
 

@@ -14,7 +14,7 @@ from nemo_kd.selection import SelectionConfig
 
 ROOT = Path(__file__).parent.parent
 # A host is NeMo or, later, another; a file elsewhere knows none.
-HOSTS = {"nemo"}
+HOSTS = {"nemo", "bridge"}
 
 
 def documented_tree() -> list[str]:

@@ -1,4 +1,4 @@
-"""Starts processes that have imported NeMo already: the import takes ten seconds of a core.
+"""Starts processes that have imported the host already: NeMo's import takes ten seconds of a core.
 
 The fork server of multiprocessing imports it once for all tests of a pytest worker. Each process is
 a fork of the server, and in the state of a new process that has just done the imports.
@@ -11,6 +11,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from unittest.mock import patch
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [f"nemo_kd.nemo.{name}" for name in ("dump", "train", "model", "hf_import", "hf_export")]
-)
+_NEMO = [f"nemo_kd.nemo.{name}" for name in ("dump", "train", "model", "hf_import", "hf_export")]
+# One environment has one host.
+_CONTEXT.set_forkserver_preload(_NEMO if find_spec("nemo") else ["import_bridge"])
 
 
 def start(fn: Callable[..., Any], *args: Any, environment: dict[str, str] | None = None) -> Any:

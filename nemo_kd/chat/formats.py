@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from nemo_kd.config import FORMATS
+
 # How ShareGPT's files name a speaker -> the role of a chat template.
 _SPEAKERS = {
     "system": "system",
@@ -76,7 +78,7 @@ def read_conversation(record: dict[str, Any], kind: str) -> tuple[Conversation, 
 
     Args:
         record: The line.
-        kind: One of RENDERED.
+        kind: One of nemo_kd.config.RENDERED.
 
     Raises:
         ValueError: The line is none of that format; names the turn, counted from 1.
@@ -146,9 +148,6 @@ _READERS: Mapping[str, Callable[[dict[str, Any]], tuple[Conversation, set[str]]]
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
 }
-# The formats whose samples this package renders; the host's own dataset builds the others.
-RENDERED = tuple(_READERS)
-FORMATS = ("prompt", "nemo_chat", *RENDERED)
 
 
 def _conversation(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> Conversation:

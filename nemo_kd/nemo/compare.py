@@ -19,16 +19,16 @@ from tqdm import tqdm
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat import Renderer, as_jsonl
-from nemo_kd.config import DataConfig, read_settings
-from nemo_kd.nemo.lines import check_lines
-from nemo_kd.nemo.nemo_file import read_tokenizer
-from nemo_kd.nemo.rendered import renderer_of
-from nemo_kd.nemo.sources import (
+from nemo_kd.chat.lines import check_lines
+from nemo_kd.chat.samples import (
     cut_sample,
     fingerprint_source,
-    rendered_dataset,
+    renderer_of,
     with_found_format,
 )
+from nemo_kd.config import DataConfig, read_settings
+from nemo_kd.nemo.nemo_file import read_tokenizer
+from nemo_kd.nemo.sources import rendered_dataset
 
 # The settings of `data` that NeMo's datasets take under the same name.
 _SETTINGS = (

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, open_dict
 
-CPU = torch.device("cpu")
+from nemo_kd.cuda_on_cpu import answer_cuda_calls
 
 # What Megatron's local layers, which stand in for Transformer Engine's, need in a model's config.
 MODEL_OVERRIDES: dict[str, Any] = {
@@ -74,7 +74,7 @@ def enable() -> None:
     _replace_apex_and_transformer_engine()
     _name_the_checkpoint_format()
     # Last: torch.jit.script reads the factories' sources while NeMo is imported.
-    _answer_cuda_calls_on_cpu()
+    answer_cuda_calls()
     _enabled = True
 
 
@@ -216,41 +216,3 @@ class _AdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's asks for each parameter's step
-
-
-def _answer_cuda_calls_on_cpu() -> None:
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        torch.set_rng_state(state)
-
-    cuda = torch.cuda
-    cuda.current_device = lambda: CPU
-    cuda.manual_seed = torch.manual_seed
-    # Megatron keeps one state for each of its generators: here they are states of the CPU's.
-    cuda.get_rng_state = megatron_random._get_cuda_rng_state = get_rng_state
-    cuda.set_rng_state = megatron_random._set_cuda_rng_state = set_rng_state
-    for name in ("LongTensor", "FloatTensor", "IntTensor"):
-        setattr(cuda, name, getattr(torch, name))
-    for name in ("set_device", "synchronize", "empty_cache", "Stream"):
-        setattr(cuda, name, lambda *_, **__: None)
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self
-    for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-
-
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same factory function, which takes device="cuda" for the CPU and does not pin memory."""
-
-    @functools.wraps(factory)
-    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = CPU
-        kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
-
-    return on_cpu

@@ -16,23 +16,21 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat import as_jsonl, is_dataset_directory
-from nemo_kd.config import DataConfig, DistillationConfig, read_settings
-from nemo_kd.loss import KDLossConfig
-from nemo_kd.nemo.dataset import GPTSFTKDDataset
-from nemo_kd.nemo.lines import check_lines, check_tokens
-from nemo_kd.nemo.nemo_file import tokenizer_of
-from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
-from nemo_kd.nemo.rendered import renderer_of
-from nemo_kd.nemo.resume import WholePassSampler
-from nemo_kd.nemo.sources import (
+from nemo_kd.chat.lines import check_lines, check_tokens
+from nemo_kd.chat.samples import (
     fingerprint_source,
     index_directory,
     name_line_in_errors,
-    nemo_settings,
-    padding_multiple,
-    rendered_dataset,
+    renderer_of,
     with_found_format,
 )
+from nemo_kd.config import DataConfig, DistillationConfig, read_settings
+from nemo_kd.loss import KDLossConfig
+from nemo_kd.nemo.dataset import GPTSFTKDDataset
+from nemo_kd.nemo.nemo_file import tokenizer_of
+from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
+from nemo_kd.nemo.resume import WholePassSampler
+from nemo_kd.nemo.sources import padding_multiple, rendered_dataset
 from nemo_kd.process import shield_workers
 from nemo_kd.student.fit import check_fits
 
@@ -167,7 +165,7 @@ def file_dataset(path: str, data: DictConfig, model: DictConfig, tokenizer: Any,
         return rendered_dataset(file, tokenizer, renderer, settings, directory, multiple, **own)
     with open_dict(data):
         given = {"file_names": [file], "index_mapping_dir": directory}
-        alone = OmegaConf.merge(data, nemo_settings(settings) | given)
+        alone = OmegaConf.merge(data, settings.host_settings | given)
     (dataset,) = nemos(alone, is_train=False)
     name_line_in_errors(dataset)
     return dataset

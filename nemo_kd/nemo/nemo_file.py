@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from omegaconf import DictConfig, open_dict
 from tqdm import tqdm
 
+from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.nemo.disk import one_line_if_full
 from nemo_kd.nemo.integrity import check_files, one_line, seal_nemo
 
@@ -153,18 +153,9 @@ def fingerprint_checkpoint(name: str, settings: str = "") -> str:
 
     Of each file the size and some blocks are read, so that 700 GB take no longer than 1 GB.
     """
-    block, num_blocks = 1 << 16, 64
     path = Path(name)
-    digest = xxhash.xxh3_128(settings.encode())
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with open(file, "rb") as stream:
-            for number in range(num_blocks):
-                stream.seek(number * max(0, size - block) // (num_blocks - 1))
-                digest.update(stream.read(block))
-    return digest.hexdigest()
+    return fingerprint_model(files, settings)
 
 
 def check_target(path: Any, source: str) -> None:

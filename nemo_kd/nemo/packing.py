@@ -12,7 +12,8 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import
 from nemo.utils.sequence_packing_utils import first_fit
 
 from nemo_kd.loss import KDLossConfig
-from nemo_kd.nemo.dataset import GPTSFTKDDataset, samples_mapping
+from nemo_kd.nemo.dataset import GPTSFTKDDataset
+from nemo_kd.student.dataset import samples_mapping
 from nemo_kd.student.rows import collate_rows
 
 # NeMo's first_fit takes time by the square of its samples, so that they are packed in windows.
@@ -74,7 +75,7 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
         """Does nothing: the cache has the tokens already."""
 
     def _build_samples_mapping(self) -> None:
-        self.samples_mapping = samples_mapping(self)
+        self.samples_mapping = samples_mapping(self, GPTSFTKDDataset.sample_mapping_class)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.samples_mapping is not None:

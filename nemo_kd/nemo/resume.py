@@ -30,8 +30,8 @@ from nemo_kd.nemo.run_directory import (
     prepare,
     what_remains,
 )
-from nemo_kd.nemo.trainer import on_rank_zero
 from nemo_kd.process import exit_stopped, say
+from nemo_kd.ranks import on_rank_zero
 
 _REMEDY = (
     "move it away, and the same command resumes from the newest other checkpoint in its directory, "

@@ -16,11 +16,11 @@ from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
 from nemo_kd.nemo.trainer import (
     build_trainer,
     initialize_model_parallel,
-    on_rank_zero,
     prepare_accelerator,
 )
 from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.process import say
+from nemo_kd.ranks import on_rank_zero
 
 _AFTER_TRAINING = "The checkpoints are whole: free space, and the same command saves the last one"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_kd.chat.formats import FORMATS
+from nemo_kd.config import FORMATS
 from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
 from nemo_kd.values import (
     ANY,

@@ -6,8 +6,7 @@ is sorted by length, so that its micro batches need little padding, and is writt
 So every micro batch depends on nothing but the shard and the manifest.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
 from nemo_kd.cache import CacheWriter
-from nemo_kd.cache.inspection import unsupervised
+from nemo_kd.chat.samples import cut_sample
 from nemo_kd.config import DataConfig
 from nemo_kd.process import shield_workers
 from nemo_kd.selection import TeacherRows
@@ -26,55 +25,6 @@ from nemo_kd.teacher.replica import Replica
 
 # How many micro batches are sorted by length together. Their rows wait in the CPU's memory.
 _MICRO_BATCHES_PER_WINDOW = 16
-# Some seconds of tokenising. The share of unsupervised samples is then known to 2 percent.
-_NUM_CHECKED_SAMPLES = 1024
-
-
-def parse_shards(text: str | int | None, num_shards: int) -> list[int]:
-    """The shards of "0-99", 7 or "0-3,8"; all of them for None.
-
-    Raises:
-        ValueError: another form, or a shard that the cache does not have.
-    """
-    if text is None:
-        return list(range(num_shards))
-    shards: list[int] = []
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise ValueError(f'cache.shards: expected 0-99, 7 or "0-3,8", got {text!r}')
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < num_shards:
-            raise ValueError(
-                f"cache.shards: expected shards from 0 to {num_shards - 1}, got {part.strip()}"
-            )
-        shards += range(first, last + 1)
-    return shards
-
-
-def check_supervision(
-    samples: ConcatDataset[Any], cut_sample: Callable[..., Any], max_share: float
-) -> None:
-    """Tokenise some samples, before the teacher computes anything for samples that teach nothing.
-
-    Raises:
-        ValueError: More than `max_share` of them have no supervised token, or all of them.
-    """
-    indices = range(0, len(samples), -(-len(samples) // _NUM_CHECKED_SAMPLES))
-    dataset = samples.datasets[0]
-    number = sum(not cut_sample(samples[index], dataset)[1].any() for index in indices)
-    refuse_share(number, len(indices), max_share)
-
-
-def refuse_share(number: int, num_samples: int, max_share: float) -> None:
-    """Raise a ValueError if `number` of `num_samples` samples without supervision are too many."""
-    if number == num_samples or number > max_share * num_samples:
-        raise ValueError(
-            f"{unsupervised(number, num_samples)}, expected at most a share of {max_share}: their "
-            "answers are truncated or empty. Raise data.max_seq_length, or have "
-            "data.truncation_field name the prompt's keys"
-            + ("" if number == num_samples else ", or raise data.max_unsupervised_share")
-        )
 
 
 @dataclass
@@ -86,8 +36,6 @@ class TeacherRun:
     teacher: Teacher
     samples: ConcatDataset[Any]  # as a host's dataset builds them; samples.datasets[0] collates
     data: DataConfig
-    # A sample and samples.datasets[0] -> tokens, loss mask, context length, as the cache has them.
-    cut_sample: Callable[[dict[str, Any], Any], tuple[Any, Any, int]]
     num_truncated: int = 0  # samples of this run that chat/ had to cut
 
     def fill(self, shards: list[int], shows_progress: bool) -> None:
@@ -144,6 +92,6 @@ class TeacherRun:
             progress.add(len(indices), sum(len(items[i]["input_ids"]) for i in indices))
         self.num_truncated += sum(item.get("is_truncated", False) for item in items)
         for index, item in enumerate(items):
-            sample = self.cut_sample(item, dataset)
+            sample = cut_sample(item, dataset)
             if sink is not None:
                 sink.add(*sample, *(tensor.numpy() for tensor in rows_of[index]))

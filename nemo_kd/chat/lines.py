@@ -7,7 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nemo_kd.chat import Renderer, read_conversation, read_object
+from nemo_kd.chat.files import read_object
+from nemo_kd.chat.formats import read_conversation
+from nemo_kd.chat.render import Renderer
 from nemo_kd.config import DataConfig
 from nemo_kd.process import say
 

@@ -1,0 +1,173 @@
+"""The real Megatron-Bridge on a machine without a GPU, for development, tests and small runs.
+
+Bridge 0.3 assumes CUDA, NCCL and Transformer Engine in some twenty places. `enable` answers each
+of them on the CPU (torch.distributed runs on gloo). Only `device=cpu` calls it, and it refuses to
+start on a machine that has a GPU, where the unpatched code must run.
+"""
+
+import functools
+import sys
+import types
+from typing import Any
+
+import torch
+
+from nemo_kd.cuda_on_cpu import answer_cuda_calls
+
+# What Megatron's local layers need in a model's provider, in the place of Transformer Engine's.
+PROVIDER_OVERRIDES: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_grouped_gemm": False,
+    "bf16": False,
+    "fp16": False,
+    "params_dtype": torch.float32,
+    "autocast_dtype": torch.float32,
+    "pipeline_dtype": torch.float32,
+}
+
+
+@functools.cache
+def enable() -> None:
+    """Patch this process so that Bridge runs on the CPU. Call it before Bridge is imported.
+
+    Raises:
+        ValueError: CUDA is available.
+    """
+    if torch.cuda.is_available():
+        raise ValueError(
+            f"device=cpu asks for the CPU backend, but this machine has "
+            f"{torch.cuda.device_count()} CUDA device(s); set device=gpu, or hide the devices with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+    _import_bridge()
+    # After the imports: torch.jit.script reads the factories' sources there.
+    answer_cuda_calls()
+    _answer_streams()
+    _send_contiguous_shards()
+    _initialize_without_cuda()
+    _name_tensors_as_cuda()
+
+
+def prepare_provider(provider: Any) -> None:
+    """Set in a model's provider, in place, what the local layers on a CPU need.
+
+    Raises:
+        ValueError: The provider asks for what the local layers cannot do.
+    """
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from megatron.core.transformer.enums import AttnBackend
+
+    for key, wanted in (("sequence_parallel", False), ("context_parallel_size", 1)):
+        if getattr(provider, key) != wanted:
+            raise ValueError(
+                f"expected model.{key}={str(wanted).lower()} with device=cpu, got "
+                f"{getattr(provider, key)}: the local layers do not have it"
+            )
+    provider.transformer_layer_spec = local_layer_spec
+    provider.attention_backend = AttnBackend.local
+    for name, value in PROVIDER_OVERRIDES.items():
+        if hasattr(provider, name):
+            setattr(provider, name, value)
+
+
+def _import_bridge() -> None:
+    """Import Bridge, whose adapters import Transformer Engine whether it is there or not."""
+    # Core first: its own probes must find no Transformer Engine.
+    import megatron.core.extensions.transformer_engine
+    import megatron.core.models.gpt.gpt_layer_specs
+
+    engine = types.ModuleType("transformer_engine")
+    pytorch = types.ModuleType("transformer_engine.pytorch")
+    engine.__path__, engine.pytorch = [], pytorch  # type: ignore[attr-defined]
+    for name in ("Linear", "LayerNormLinear"):  # base classes of adapters
+        setattr(pytorch, name, type(name, (torch.nn.Module,), {}))
+    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
+    stubs = {"transformer_engine": engine, "transformer_engine.pytorch": pytorch}
+    sys.modules.update(stubs)
+    try:
+        import megatron.bridge
+        import megatron.bridge.training.gpt_step
+        import megatron.bridge.training.pretrain  # noqa: F401
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+
+
+class _Stream:
+    """A CUDA stream on the CPU, where everything is done when the call returns."""
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def _answer_streams() -> None:
+    cuda: Any = torch.cuda
+    for name in ("Stream", "current_stream", "stream"):
+        setattr(cuda, name, functools.partial(lambda *_, **__: _Stream()))
+
+
+def _send_contiguous_shards() -> None:
+    """gloo scatters a strided tensor as if it were contiguous, so that weights were wrong.
+
+    Bridge 0.6 makes the shards contiguous itself.
+    """
+    from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+
+    scatter = MegatronParamMapping.scatter_to_tp_ranks
+
+    @functools.wraps(scatter)
+    def contiguous(self: Any, splits: Any, *args: Any, **kwargs: Any) -> Any:
+        splits = [split.contiguous() for split in splits] if splits else splits
+        return scatter(self, splits, *args, **kwargs)
+
+    MegatronParamMapping.scatter_to_tp_ranks = contiguous
+
+
+def _initialize_without_cuda() -> None:
+    from megatron.bridge.training import initialize, setup
+    from megatron.core import tensor_parallel
+
+    # setup does not pass on that no GPU is needed.
+    setup.initialize_megatron = functools.partial(
+        initialize.initialize_megatron, allow_no_cuda=True
+    )
+    set_seed = initialize._set_random_seed
+
+    @functools.wraps(set_seed)
+    def seed_tracker_too(seed: int, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+        """Bridge seeds Megatron's generators only where there is a GPU."""
+        set_seed(seed, *args, pg_collection=pg_collection, **kwargs)
+        stage = torch.distributed.get_group_rank(pg_collection.pp, torch.distributed.get_rank())
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * stage)
+
+    initialize._set_random_seed = seed_tracker_too
+    # The wheel has the compiled helpers, and no Makefile to compile them with.
+    initialize.compile_helpers = lambda: None
+    # It would compile kernels with tensors on a GPU.
+    setup.set_jit_fusion_options = lambda *_, **__: None
+
+
+def _name_tensors_as_cuda() -> None:
+    """Core's optimizer and gradient clipping know a float32 tensor by the name of its CUDA type."""
+    tensor_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return tensor_type(self, dtype, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]

@@ -1,0 +1,146 @@
+"""The teacher run on Megatron-Bridge: a Hugging Face model over SFT data, into a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.bridge import cpu_backend
+from nemo_kd.cache import SourceFile
+from nemo_kd.cache.manifest import fingerprint_model
+from nemo_kd.chat.files import as_jsonl
+from nemo_kd.chat.samples import (
+    index_directory,
+    name_line_in_errors,
+    renderer_of,
+    with_found_format,
+)
+from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.ranks import on_rank_zero, start
+from nemo_kd.selection import SelectionConfig
+from nemo_kd.teacher.fill import fill_cache
+from nemo_kd.teacher.forward import Teacher
+from nemo_kd.teacher.plan import plan_cache
+from nemo_kd.teacher.replica import PATIENCE, Replica
+
+# Keys of `model` that leave the logits as they are.
+_NOT_IN_FINGERPRINT = (
+    *("hf_path", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("expert_model_parallel_size", "sequence_parallel"),
+)
+# The settings of `data` that Bridge's datasets take under the same name.
+_HOST_SETTINGS = (
+    *("max_seq_length", "label_key", "answer_only_loss", "truncation_field", "truncation_method"),
+    *("add_bos", "add_eos", "add_sep", "sep_id"),
+)
+
+
+def dump_teacher_topk(config: DictConfig) -> None:
+    """Fill the cache that `config` describes: see conf/bridge/dump_teacher_topk.yaml.
+
+    Raises:
+        ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
+            cache held stays.
+    """
+    refuse_unknown_keys(config, ("device", "model", "data", "selection", "cache"))
+    if config.device not in ("gpu", "cpu"):
+        raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
+    data = with_found_format(read_settings(DataConfig, config.data, "data"))
+    selection = read_settings(SelectionConfig, config.selection, "selection")
+    cache = read_settings(CacheConfig, config.cache, "cache")
+    if config.device == "cpu":
+        cpu_backend.enable()
+    from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
+    from megatron.core import parallel_state
+
+    from nemo_kd.bridge.dataset import Tokenizer
+    from nemo_kd.bridge.models import read_model, tokenizer_config
+
+    _, provider = read_model(config.model, config.device)
+    provider.seq_length = max(provider.seq_length, data.max_seq_length)
+    start(config.device)
+    everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
+    tokenizer = Tokenizer(build_tokenizer(tokenizer_config(config.model.hf_path)))
+    # Checked before the weights are read, so that a broken line costs seconds.
+    manifest = on_rank_zero(
+        lambda: plan_cache(data, selection, cache, tokenizer, _fingerprint(config)), everyone
+    )
+    provider.finalize()
+    provider.initialize_model_parallel(seed=1234)
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    fill_cache(
+        manifest,
+        cache,
+        data,
+        _samples(data, tokenizer, manifest.sources),
+        everyone,
+        start=lambda: _replica_and_forward(model, selection, tokenizer.vocab_size),
+        is_first_replica=parallel_state.get_data_parallel_rank() == 0,
+    )
+
+
+def _fingerprint(config: DictConfig) -> str:
+    """Hash the teacher's files, and all settings that shape its logits."""
+    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    settings = {key: model[key] for key in model if key not in _NOT_IN_FINGERPRINT}
+    files = sorted(
+        path
+        for kind in ("config.json", "*.safetensors")
+        for path in Path(config.model.hf_path).glob(kind)
+    )
+    return fingerprint_model(files, json.dumps([settings, config.device], sort_keys=True))
+
+
+def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile]) -> Any:
+    """The samples of all files in their order, by Bridge's own datasets or rendered by chat/."""
+    from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
+    from torch.utils.data import ConcatDataset
+
+    from nemo_kd.bridge.dataset import RenderedDataset
+
+    directory = index_directory(data.index_mapping_dir, sources)
+    settings = {name: getattr(data, name) for name in _HOST_SETTINGS} | data.host_settings
+    settings |= {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
+    renderer = renderer_of(data, tokenizer)
+    datasets = []
+    for path in data.file_names:
+        file = Path(as_jsonl(path, directory))
+        if renderer is not None:
+            dataset = RenderedDataset(str(file), tokenizer, renderer, data.format, **settings)
+        elif data.chat:
+            tokens = data.chat_prompt_tokens
+            dataset = GPTSFTChatDataset(str(file), tokenizer, special_tokens=tokens, **settings)
+            name_line_in_errors(dataset)
+        else:
+            dataset = GPTSFTDataset(str(file), tokenizer, **settings)
+            name_line_in_errors(dataset)
+        datasets.append(dataset)
+    return ConcatDataset(datasets)
+
+
+def _replica_and_forward(
+    model: Any, selection: SelectionConfig, vocab_size: int
+) -> tuple[Replica, Teacher]:
+    """This process's part in the teacher run, out of Bridge's model and Megatron's groups."""
+    from megatron.core import parallel_state
+
+    is_last_stage = parallel_state.is_pipeline_last_stage()
+    replica = Replica(
+        parallel_state.get_model_parallel_group(),
+        leads=is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+    )
+    forward = Teacher(
+        model,
+        getattr(model, "module", model),
+        selection=selection,
+        vocab_size=vocab_size,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        has_stages=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        replica=replica,
+    )
+    return replica, forward

@@ -1,0 +1,124 @@
+"""Bridge's forward step with this package's loss, and the terms of it in Bridge's logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from nemo_kd.config import DistillationConfig
+from nemo_kd.loss import vocab_parallel_kd_sft_loss
+from nemo_kd.student.terms import KD_TERMS, token_terms
+
+TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
+
+
+class KDForwardStep:
+    """What Bridge calls for each micro batch: `pretrain(config, KDForwardStep(...))`.
+
+    Bridge calls, for each micro batch and in this order: this object, which keeps the teacher's
+    rows and runs the model; in the model's forward, `compute_language_model_loss`, the one place
+    where Megatron has the bare vocab-parallel logits, where the loss takes the rows and leaves the
+    terms; and `_reduce`, which reads the terms. No other micro batch comes in between.
+
+    Args:
+        distillation: The objective, step by step.
+        set_names: Of the validation sets.
+    """
+
+    def __init__(self, distillation: DistillationConfig, set_names: list[str]) -> None:
+        self.distillation, self.set_names = distillation, set_names
+        self.config = distillation.at(0)
+        self.models: list[Any] = []  # of this rank, not wrapped
+        self.state: GlobalState | None = None  # Bridge's, once the training has begun
+        self._rows: tuple[Tensor, ...] = ()  # [B, S, K], [B, S, K] and [B, S] of the micro batch
+        self._terms: dict[str, Tensor] = {}  # [B, S] each
+
+    def install(self, models: list[Any]) -> list[Any]:
+        """A pre-wrap hook of the provider: puts the loss where the last stage has the logits."""
+        self.models = models
+        for model in models:
+            if model.post_process:
+                cross_entropy = model.compute_language_model_loss
+                group = model.pg_collection.tp
+                model.compute_language_model_loss = partial(
+                    self._token_losses, cross_entropy, group
+                )
+        return models
+
+    def _token_losses(
+        self, cross_entropy: Callable[..., Tensor], tp_group: Any, labels: Tensor, logits: Tensor
+    ) -> Tensor:
+        """The loss of each token `[B, S]`, from labels `[B, S]` and logits `[S, B, Vp]`."""
+        ids, log_probs, tails = (rows.transpose(0, 1) for rows in self._rows)
+        # Taken: the rows' memory is free after the loss, and no later forward pass may find them.
+        self._rows = ()
+        # In place: nothing reads the logits after the loss, so that their memory becomes the
+        # gradient's and no second tensor of their size is needed.
+        out = vocab_parallel_kd_sft_loss(
+            logits,
+            labels.transpose(0, 1),
+            log_probs,
+            ids,
+            tails,
+            config=self.config,
+            tp_group=tp_group,
+            inplace=True,
+        )
+        self._terms = {name: term.transpose(0, 1) for name, term in token_terms(out).items()}
+        # A validation's loss is the cross entropy, so that runs of SFT and of KD can be compared.
+        losses = out.loss if torch.is_grad_enabled() else out.sft_loss
+        return losses.transpose(0, 1).contiguous()
+
+    def __call__(
+        self, state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        self.state = state
+        groups = get_pg_collection(model)
+        is_first, is_last = is_pp_first_stage(groups.pp), is_pp_last_stage(groups.pp)
+        names = ["tokens", "position_ids"] if is_first else []
+        names += ["labels", "loss_mask", *TEACHER_ROWS] if is_last else []
+        whole = next(data_iterator)
+        batch = {name: whole[name].cuda(non_blocking=True) for name in names}
+        if groups.cp.size() > 1:
+            batch = get_batch_on_this_cp_rank(batch, cp_group=groups.cp)
+        self.config = self.distillation.at(state.train_state.step)
+        self._rows = tuple(batch[name] for name in TEACHER_ROWS) if is_last else ()
+        output = model(
+            input_ids=batch.get("tokens"),
+            position_ids=batch.get("position_ids"),
+            attention_mask=None,
+            labels=batch.get("labels"),
+        )
+        # All samples of a micro batch are of one validation set; a training batch has no number.
+        number = int(whole["set_index"][0]) if "set_index" in whole else None
+        return output, partial(self._reduce, batch.get("loss_mask"), number)
+
+    def _reduce(
+        self, loss_mask: Any, set_number: int | None, losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss's sum over the supervised tokens, their number, and `[sum, number]` of terms.
+
+        Bridge divides the sum by the number, of a micro batch or of the global batch as
+        model.calculate_per_token_loss says, and the terms' sums over all ranks by their numbers.
+        """
+        mask = loss_mask.flatten().float()
+        num_tokens = mask.sum()
+        loss = losses.flatten() @ mask
+        sums = {"lm loss": loss.detach()}
+        sums |= {name: self._terms[name].flatten() @ mask for name in KD_TERMS}
+        report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
+        if set_number is not None:
+            # Bridge asks each micro batch for the same keys.
+            for number, name in enumerate(self.set_names):
+                for term, value in list(report.items())[: len(sums)]:
+                    own = value if number == set_number else torch.zeros_like(value)
+                    report[f"{term} {name}"] = own
+        return loss, num_tokens.to(torch.int), report

@@ -1,0 +1,184 @@
+"""The student run on Megatron-Bridge: Bridge's own loop, over caches, with this package's loss."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from nemo_kd.bridge import cpu_backend
+from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.process import exit_stopped, rank, say
+from nemo_kd.ranks import check_batches, on_rank_zero, start
+
+_RANKS = ("tensor_model", "pipeline_model", "context")
+_SECTIONS = (
+    *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
+    *("scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
+)
+
+
+def train_kd_sft(config: DictConfig) -> None:
+    """Train the student that `config` describes: see conf/bridge/train_kd_sft.yaml.
+
+    Raises:
+        ValueError: A setting, the student or a cache does not fit.
+    """
+    distillation = _check_settings(config)
+    if config.device == "cpu":
+        cpu_backend.enable()
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemo_kd.bridge.dataset import check_caches
+    from nemo_kd.bridge.forward_step import KDForwardStep
+    from nemo_kd.bridge.models import read_model
+
+    bridge, provider = read_model(config.model, config.device)
+    start(config.device)
+    check_batches(
+        num_model_ranks=math.prod(config.model[f"{size}_parallel_size"] for size in _RANKS),
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+    )
+    container = _container(config, provider, distillation)
+    on_rank_zero(lambda: check_caches(container.dataset, config.model.hf_path))
+    step = KDForwardStep(distillation, container.dataset.set_names)
+    provider.register_pre_wrap_hook(step.install)
+    try:
+        pretrain(container, step, callbacks=_callbacks(step, bridge, config.save_hf))
+    except SystemExit:  # Bridge has saved a checkpoint and ends the process
+        if step.state is not None and any(step.state.signal_handler.signals_received()):
+            exit_stopped(
+                "stopped by SIGTERM; the same command resumes from the last checkpoint"
+                if rank() == 0
+                else None
+            )
+        raise
+
+
+def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
+    """What Bridge calls between steps.
+
+    The student is saved when the training has ended: later, Bridge has destroyed its groups.
+    """
+    from megatron.bridge.training.callbacks import CallbackManager
+
+    def save(_: Any) -> None:
+        if save_hf is None:
+            return
+        # Under its own name only when it is whole.
+        unfinished = f"{save_hf}.unfinished"
+        if rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+        torch.distributed.barrier()
+        bridge.save_hf_pretrained(step.models, unfinished, show_progress=sys.stderr.isatty())
+        torch.distributed.barrier()
+        if rank() == 0:
+            os.rename(unfinished, save_hf)
+        say(f"{save_hf}: the student as a Hugging Face model")
+
+    def begin_anew(context: Any) -> None:
+        """Bridge's sampler would begin the next validation where the last one ended."""
+        context.state.train_state.consumed_valid_samples = 0
+
+    callbacks = CallbackManager()
+    callbacks.register("on_train_end", save)
+    callbacks.register("on_eval_end", begin_anew)
+    return callbacks
+
+
+def _check_settings(config: DictConfig) -> DistillationConfig:
+    """Check what can be checked before Bridge is imported.
+
+    Raises:
+        ValueError: A setting does not fit.
+    """
+    refuse_unknown_keys(config, _SECTIONS)
+    if config.device not in ("gpu", "cpu"):
+        raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
+    for key in "train_caches", "validation_caches":
+        for path in config.dataset[key]:
+            if not (Path(path) / "manifest.json").is_file():
+                raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
+    if not config.dataset.train_caches:
+        raise ValueError("dataset.train_caches: expected cache directories, got none")
+    if config.save_hf is not None and Path(config.save_hf).exists():
+        raise ValueError(f"save_hf: expected a new directory, but there exists {config.save_hf}")
+    for key in "load", "pretrained_checkpoint":
+        path = config.checkpoint.get(key)
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"checkpoint.{key}: expected a directory, found no {path}")
+    if config.model.context_parallel_size > 1 and not config.model.calculate_per_token_loss:
+        raise ValueError(
+            "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
+            "1, got false: a rank may have no supervised token of a micro batch"
+        )
+    if config.knowledge_distillation.fuse_output_layer:
+        raise ValueError(
+            "knowledge_distillation.fuse_output_layer: expected false on this host, got true"
+        )
+    if config.save_hf is None and config.checkpoint.save is None:
+        raise ValueError(
+            "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
+            "leave nothing"
+        )
+    return read_settings(
+        DistillationConfig, config.knowledge_distillation, "knowledge_distillation"
+    )
+
+
+def _container(config: DictConfig, provider: Any, distillation: DistillationConfig) -> Any:
+    """Bridge's ConfigContainer of a run's YAML.
+
+    Raises:
+        ValueError: A section has a key that Bridge does not know, or a cache does not fit.
+    """
+    from megatron.bridge.training import config as bridge
+
+    from nemo_kd.bridge.dataset import KDCaches, num_validation_steps
+    from nemo_kd.bridge.models import set_fields, tokenizer_config
+
+    train = set_fields(bridge.TrainingConfig(), config.train, "train")
+    caches = list(config.dataset.validation_caches)
+    train.eval_iters = num_validation_steps(caches, train.global_batch_size)
+    dataset = KDCaches(
+        train_caches=list(config.dataset.train_caches),
+        validation_caches=caches,
+        seq_length=config.model.seq_length,
+        global_batch_size=train.global_batch_size,
+        objective=distillation.at(0),
+    )
+    lists = ("train_caches", "validation_caches")
+    set_fields(dataset, config.dataset, "dataset", leave_out=lists)
+    on_gpu = config.device == "gpu"
+    checkpoint = set_fields(bridge.CheckpointConfig(), config.checkpoint, "checkpoint")
+    checkpoint.load = checkpoint.load or checkpoint.save  # a run resumes by the same command
+    container = bridge.ConfigContainer(
+        train=train,
+        model=provider,
+        optimizer=set_fields(bridge.OptimizerConfig(), config.optimizer, "optimizer"),
+        scheduler=set_fields(bridge.SchedulerConfig(), config.scheduler, "scheduler"),
+        dataset=dataset,
+        logger=set_fields(bridge.LoggerConfig(), config.logger, "logger"),
+        tokenizer=tokenizer_config(config.model.hf_path),
+        checkpoint=checkpoint,
+        rng=set_fields(bridge.RNGConfig(), config.rng, "rng"),
+        ddp=set_fields(bridge.DistributedDataParallelConfig(), config.ddp, "ddp"),
+        dist=bridge.DistributedInitConfig(distributed_backend="nccl" if on_gpu else "gloo"),
+        mixed_precision=config.mixed_precision if on_gpu else None,
+    )
+    # Bridge leaves them null, and then multiplies null.
+    for name in "start_weight_decay", "end_weight_decay":
+        if getattr(container.scheduler, name) is None:
+            setattr(container.scheduler, name, container.optimizer.weight_decay)
+    if not on_gpu:
+        container.optimizer.use_distributed_optimizer = False
+        container.ddp.use_distributed_optimizer = False
+        container.dataset.pin_memory = False
+    return container

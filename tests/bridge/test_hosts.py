@@ -1,0 +1,189 @@
+"""Megatron-Bridge as a host: what it computes, at any layout, is what the NeMo host computes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hosts import SELECTION, STEPS, hashes, reference
+from runs import MAX_SEQ_LENGTH, run_example, scalars
+
+from nemo_kd.cache import TopKCache
+
+DUMP, TRAIN = "bridge/dump_teacher_topk.py", "bridge/train_kd_sft.py"
+
+
+def dump_arguments(teacher: Path, jsonl: Path, cache: Path) -> list[str]:
+    return [
+        "device=cpu",
+        f"model.hf_path={teacher}",
+        f"data.file_names=[{jsonl}]",
+        f"cache.path={cache}",
+        "data.num_workers=0",
+        *SELECTION,
+    ]
+
+
+def train_arguments(student: Path, cache: Path, logs: Path, *more: str) -> list[str]:
+    return [
+        "device=cpu",
+        f"model.hf_path={student}",
+        f"model.seq_length={MAX_SEQ_LENGTH}",
+        "model.calculate_per_token_loss=false",
+        f"dataset.train_caches=[{cache}]",
+        f"dataset.validation_caches=[{cache}]",
+        "dataset.num_workers=0",
+        f"train.train_iters={STEPS}",
+        f"train.eval_interval={STEPS}",
+        "train.global_batch_size=4",
+        "optimizer.lr=1e-3",
+        "scheduler.lr_decay_style=constant",
+        "scheduler.lr_warmup_iters=0",
+        f"logger.tensorboard_dir={logs}",
+        f"checkpoint.save={logs}/checkpoints",
+        f"checkpoint.save_interval={STEPS}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, wide_llamas: Any, jsonl: Path) -> Path:
+    path = tmp_path_factory.mktemp("cache") / "cache"
+    run_example(DUMP, *dump_arguments(wide_llamas["untied"], jsonl, path))
+    return path
+
+
+def curves(logs: Path) -> dict[str, list[float]]:
+    found = scalars(logs)
+    return {
+        "kd_loss": found["kd_loss"],
+        "sft_loss": found["sft_loss"],
+        "grad_norm": found["grad-norm"],
+    }
+
+
+def test_a_dump_has_the_bytes_of_the_nemo_host(cache: Path) -> None:
+    assert hashes(cache) == reference()["cache"]
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
+def test_a_dump_at_another_layout(
+    layout: str, cache: Path, wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    overrides = [] if layout == "data" else [f"model.{layout}_model_parallel_size=2"]
+    teacher = wide_llamas["untied"]
+    if layout == "pipeline":  # the other one has three layers
+        teacher, cache = wide_llamas["tied"], tmp_path / "whole"
+        run_example(DUMP, *dump_arguments(teacher, jsonl, cache))
+    arguments = dump_arguments(teacher, jsonl, tmp_path / "cache")
+    run_example(DUMP, *arguments, "cache.samples_per_shard=4", *overrides, processes=2)
+    for one, other in zip(TopKCache.open(cache), TopKCache.open(tmp_path / "cache"), strict=True):
+        assert np.array_equal(one.tokens, other.tokens)
+        assert np.array_equal(one.topk_ids, other.topk_ids)
+        np.testing.assert_allclose(one.topk_log_probs, other.topk_log_probs, atol=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_the_curve_is_that_of_the_nemo_host(
+    micro_batch_size: int, cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    more = [f"train.micro_batch_size={micro_batch_size}", f"save_hf={tmp_path / 'kd-hf'}"]
+    run_example(TRAIN, *train_arguments(wide_llamas["tied"], cache, tmp_path, *more))
+    for name, values in reference()["curves"][str(micro_batch_size)].items():
+        np.testing.assert_allclose(curves(tmp_path)[name], values, rtol=1e-4, err_msg=name)
+    # What is saved is the trained student: its cross entropy is the validation's.
+    found = scalars(tmp_path)
+    (validated,) = found["sft_loss validation"][-1:]
+    assert cross_entropy(tmp_path / "kd-hf", cache) == pytest.approx(validated, rel=1e-4)
+    assert validated < cross_entropy(wide_llamas["tied"], cache) - 1
+
+
+def cross_entropy(model: Path, cache: Path) -> float:
+    """Of the supervised tokens, by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained(model)
+    total, number = 0.0, 0
+    for sample in TopKCache.open(cache):
+        tokens = torch.from_numpy(sample.tokens).long()
+        with torch.no_grad():
+            log_probs = own(tokens[None, :-1]).logits[0].log_softmax(-1)
+        losses = -log_probs.gather(1, tokens[1:, None])[:, 0]
+        mask = torch.from_numpy(sample.loss_mask[1:]).bool()
+        total, number = total + losses[mask].sum().item(), number + int(mask.sum())
+    return total / number
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_another_layout_has_the_same_curve(
+    layout: str, cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = train_arguments(wide_llamas["tied"], cache, tmp_path, "train.micro_batch_size=2")
+    run_example(TRAIN, *arguments, f"model.{layout}_model_parallel_size=2", processes=2)
+    expected = reference()["curves"]["2"]["grad_norm"]
+    # Rounding grows from step to step with these large weights.
+    np.testing.assert_allclose(curves(tmp_path)["grad_norm"][:6], expected[:6], rtol=1e-4)
+
+
+def test_tokens_weigh_alike_however_they_are_cut(
+    cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    """Over micro batches and replicas, with model.calculate_per_token_loss=true."""
+    found = []
+    for processes, size in ((1, 4), (1, 1), (2, 2)):
+        logs = tmp_path / f"{processes}-{size}"
+        more = (f"train.micro_batch_size={size}", "model.calculate_per_token_loss=true")
+        arguments = train_arguments(wide_llamas["tied"], cache, logs, *more)
+        run_example(TRAIN, *arguments, processes=processes)
+        found.append(curves(logs))
+    for name, values in found[0].items():
+        for other in found[1:]:
+            np.testing.assert_allclose(other[name][:6], values[:6], rtol=1e-4, err_msg=name)
+
+
+def test_a_resumed_run_has_the_same_curve(
+    cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = train_arguments(wide_llamas["tied"], cache, tmp_path, "train.micro_batch_size=4")
+    stops = ("train.exit_interval=6", "checkpoint.save_interval=3")
+    run_example(TRAIN, *arguments, *(f"+{stop}" if "exit" in stop else stop for stop in stops))
+    assert len(curves(tmp_path)["kd_loss"]) == 6
+    logs = tmp_path / "resumed"
+    output = run_example(TRAIN, *arguments, f"logger.tensorboard_dir={logs}")
+    assert "iteration        7/" in output
+    for name, values in reference()["curves"]["4"].items():
+        np.testing.assert_allclose(curves(logs)[name], values[6:], rtol=1e-4, err_msg=name)
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no such model": (["model.hf_path=nowhere"], "found no nowhere/config.json"),
+    "no such cache": (["dataset.train_caches=[nowhere]"], "expected cache directories, found none"),
+    "a key of no section": (["+model.recompute=full"], "is no key of Bridge's GPTModelProvider"),
+    "another section": (["+peft.dim=8"], "peft is a key that nothing reads"),
+    "a misspelt key": (["train.train_iter=5"], "train_iter"),
+    "nothing is kept": (["checkpoint.save=null"], "expected save_hf=DIRECTORY or checkpoint.save"),
+    "no checkpoint": (["checkpoint.load=nowhere"], "checkpoint.load: expected a directory"),
+    "an objective that does not fit": (["knowledge_distillation.tail=none"], "tail"),
+    "a short sequence": (["model.seq_length=16"], "was dumped with data.max_seq_length=48"),
+    "a layout that does not fit": (
+        ["model.tensor_model_parallel_size=3"],
+        "expected model.tensor_model_parallel_size to divide the 512 rows",
+    ),
+    "layers that do not divide": (
+        ["model.pipeline_model_parallel_size=3"],
+        "expected model.pipeline_model_parallel_size to divide the 2 layers",
+    ),
+    "a batch that does not divide": (["train.micro_batch_size=3"], "train.global_batch_size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(
+    case: str, cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    overrides, message = BAD[case]
+    arguments = train_arguments(wide_llamas["tied"], cache, tmp_path)
+    output = run_example(TRAIN, *arguments, *overrides, succeeds=False)
+    assert message in output, output[-2000:]
+    assert "Traceback" not in output
