@@ -21,7 +21,7 @@ from loss_cases import MODES
 from torch import Tensor
 from tqdm import tqdm
 
-import nemo_kd.loss.fused
+import nemo_kd.loss.eager
 import nemo_kd.loss.linear
 from nemo_kd.loss import (
     KDLossConfig,
@@ -269,7 +269,7 @@ def run_case(case: FuzzCase, rank: int = 0, tp_size: int = 1) -> tuple[KDLossOut
     size = case.logits.shape[-1] // tp_size
     own = slice(rank * size, (rank + 1) * size)
     itemsize = 8 if case.logits.dtype == torch.float64 else 4
-    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = case.chunk_tokens * size * itemsize
+    nemo_kd.loss.eager.CHUNK_BYTES["cpu"] = case.chunk_tokens * size * itemsize
     nemo_kd.loss.linear._BLOCK_BYTES["cpu"] = case.chunk_tokens * size * itemsize
     rows = (case.labels, case.log_probs, case.ids, case.tails)
     options: dict[str, Any] = {"config": case.config, "tp_group": group}
