@@ -8,6 +8,7 @@ No other file imports triton. Sizes and the time that they imply are in docs/per
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -34,7 +35,11 @@ class TritonEngine:
                 f"expected CUDA logits with NEMO_KD_KERNELS=triton, got logits on {device}; unset "
                 "the variable, or set TRITON_INTERPRET=1 to interpret the kernels for a test"
             )
-        self.config = config
+        self.device, self.config = device, config
+
+    def _launching(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, which need not be that of the logits."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def chunk_tokens(self, logits: Tensor) -> int:
         """All tokens at once."""
@@ -47,7 +52,9 @@ class TritonEngine:
         peak, total, total_t = own.new_empty(3, num_tokens)
         excludes, tempered = self.config.tail == "bucket", self.config.temperature != 1
         entries = _entries_in_order(classes) if excludes else classes.column
-        if num_tokens > 0:
+        if num_tokens == 0:
+            return Local(own, peak, total, total)
+        with self._launching():
             _measure[(num_tokens,)](
                 logits, classes.column, classes.foreign, entries, own, peak, total, total_t,
                 *logits.stride(), vocab_size, own.shape[1], LOG2_E / self.config.temperature,
@@ -68,16 +75,18 @@ class TritonEngine:
         inverse_t, tempered = LOG2_E / self.config.temperature, gradient.scale_t is not None
         block = spread_size(vocab_size)
         num_blocks = triton.cdiv(vocab_size, block)
-        _spread[(num_tokens * num_blocks,)](
-            logits, out, factors, *logits.stride(), *out.stride(), vocab_size, num_blocks,
-            inverse_t, TEMPERED=tempered, BLOCK=block, num_warps=NUM_WARPS,
-        )  # fmt: skip
         own = gradient.logits.contiguous()  # part of a wider tensor, as it comes from a collective
-        _place[(num_tokens,)](
-            out, factors, gradient.column, gradient.foreign, own, gradient.sparse,
-            *out.stride(), num_classes, inverse_t, TEMPERED=tempered,
-            EXCLUDES=self.config.tail == "bucket", CLASSES=_class_block(num_classes), num_warps=1,
-        )  # fmt: skip
+        with self._launching():
+            _spread[(num_tokens * num_blocks,)](
+                logits, out, factors, *logits.stride(), *out.stride(), vocab_size, num_blocks,
+                inverse_t, TEMPERED=tempered, BLOCK=block, num_warps=NUM_WARPS,
+            )  # fmt: skip
+            _place[(num_tokens,)](
+                out, factors, gradient.column, gradient.foreign, own, gradient.sparse,
+                *out.stride(), num_classes, inverse_t, TEMPERED=tempered,
+                EXCLUDES=self.config.tail == "bucket", CLASSES=_class_block(num_classes),
+                num_warps=1,
+            )  # fmt: skip
         # The kernels write past torch: whoever saved this memory for a backward has to know.
         torch.autograd.graph.increment_version(out)
 
@@ -131,7 +140,9 @@ def _measure(
     for begin in range(0, vocab_size, STEPS * LANES):
         place = begin + offsets
         z = tl.load(
-            logits + place.to(tl.int64) * column_stride, mask=place < vocab_size, other=-float("inf")
+            logits + place.to(tl.int64) * column_stride,
+            mask=place < vocab_size,
+            other=-float("inf"),
         ).to(tl.float32)
         if EXCLUDES:
             while excluded < begin + STEPS * LANES:
