@@ -149,6 +149,26 @@ def test_nothing_larger_than_a_chunk_is_allocated(
     assert max(sizes.bytes_at.values()) <= chunk_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_not_inplace_allocates_one_tensor_of_all_the_logits(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the gradient, and it is allocated in backward."""
+    case = random_case(shape=(16, 4), v=512)
+    monkeypatch.setitem(nemo_kd.loss.eager.CHUNK_BYTES, "cpu", 8 * 512 * 4)
+    logits = case.logits.to(dtype).requires_grad_()
+    rows = (case.labels, case.log_probs, case.ids, case.tails)
+    with StorageSizes() as forward:
+        out = vocab_parallel_kd_sft_loss(logits, *rows, config=MODES[mode])
+    with StorageSizes() as backward:
+        out.loss.sum().backward()
+    for sizes, expected in ((forward, 0), (backward, 1)):
+        sizes.bytes_at.pop(logits.data_ptr(), None)
+        large = [size for size in sizes.bytes_at.values() if size > 8 * 512 * 4]
+        assert large == [logits.nbytes] * expected
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_chunks_that_do_not_divide_the_tokens(

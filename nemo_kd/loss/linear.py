@@ -121,6 +121,11 @@ class _OutputLayer:
         if gradient.dtype == self.matrix_grad.dtype:
             self.matrix_grad.addmm_(gradient.t(), self.rows[block])
             return
+        if gradient.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+            # cuBLAS adds a half-precision product to a float32 matrix where it computes it.
+            product = (self.matrix_grad, gradient.t(), self.rows[block])
+            torch.addmm(*product, out_dtype=self.matrix_grad.dtype, out=self.matrix_grad)
+            return
         for begin in range(0, len(self.matrix_grad), _IDS_PER_PRODUCT):
             ids = slice(begin, begin + _IDS_PER_PRODUCT)
             self.matrix_grad[ids] += gradient[:, ids].t() @ self.rows[block]

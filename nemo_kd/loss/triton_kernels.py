@@ -49,7 +49,7 @@ class TritonEngine:
         """This shard's statistics of `[n, Vp]`; at T = 1 both sums are one tensor."""
         num_tokens, vocab_size = logits.shape
         own = classes.probs.new_empty(classes.column.shape)
-        peak, total, total_t = own.new_empty(3, num_tokens)
+        peak, total, total_t = (own.new_empty(num_tokens) for _ in range(3))
         excludes, tempered = self.config.tail == "bucket", self.config.temperature != 1
         entries = _entries_in_order(classes) if excludes else classes.column
         if num_tokens == 0:
