@@ -15,9 +15,9 @@ A time is the fastest of interleaved repetitions, because other work on the mach
 Peak memory is the growth of the resident set above the inputs, on the rank that needs most, in
 multiples of its logits. The gradients of hidden states and weight are subtracted, because both ways
 hold them.
-Run, with tests/ for what starts the ranks:
+Run, with tests/ for what starts the ranks; --device cuda is loss_gpu.py, whose rows are others:
 
-    PYTHONPATH=tests python benchmarks/loss.py [--small]
+    PYTHONPATH=tests python benchmarks/loss.py [--small] [--device cuda]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import loss_gpu
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
@@ -271,7 +272,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="64 tokens, V=4,096: does it run?")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/loss.json"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
+    if args.device == "cuda":
+        loss_gpu.main(args.small, args.repeats, args.output)
+        return
     logits_shapes = [(64, 4096)] if args.small else [(1024, 49_152), (1024, 128_256)]
     hidden_shapes = [(64, 4096)] if args.small else [(4096, 49_152)]
     rows = report(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed import run_distributed
 from loss_cases import MODES, Case, V, random_case
 
-import nemo_kd.loss.fused
+import nemo_kd.loss.eager
 import nemo_kd.loss.linear
 from nemo_kd.loss import (
     KDLossConfig,
@@ -104,7 +104,7 @@ def assert_same(
 @pytest.fixture(params=[5, 100], ids=lambda tokens: f"{tokens}_tokens_a_block")
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(nemo_kd.loss.linear._BLOCK_BYTES, "cpu", request.param * V * 4)
-    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", 2 * V * 4)
+    monkeypatch.setitem(nemo_kd.loss.eager.CHUNK_BYTES, "cpu", 2 * V * 4)
     monkeypatch.setattr(nemo_kd.loss.linear, "_IDS_PER_PRODUCT", 7)
 
 
@@ -147,7 +147,7 @@ def test_small_token_weights_in_float16(mode: str) -> None:
 
 def on_every_rank(rank: int, world_size: int) -> dict[tuple[str, bool], Any]:
     nemo_kd.loss.linear._BLOCK_BYTES["cpu"] = 5 * V // world_size * 4
-    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = 2 * V // world_size * 4
+    nemo_kd.loss.eager.CHUNK_BYTES["cpu"] = 2 * V // world_size * 4
     return {
         (mode, sequence_parallel): fused(mode, rank, world_size, sequence_parallel)
         for mode in MODES

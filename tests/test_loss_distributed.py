@@ -10,7 +10,7 @@ from distributed import run_distributed
 from loss_cases import EDGES, GRID, MODES, Case, V, random_case
 from loss_checks import assert_matches, expected_of
 
-import nemo_kd.loss.fused
+import nemo_kd.loss.eager
 from nemo_kd.loss import KDLossConfig, KDLossOutput, vocab_parallel_kd_sft_loss
 
 TP_SIZES = (2, 4)
@@ -49,7 +49,7 @@ def _detach(value: Any) -> Any:
 
 def every_case(rank: int, world_size: int) -> dict[Any, Any]:
     # 4 tokens a chunk, of the 6 tokens in a case.
-    nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = 4 * V // world_size * 4
+    nemo_kd.loss.eager.CHUNK_BYTES["cpu"] = 4 * V // world_size * 4
     results = {}
     for edge, mode, gather in GRID:
         config = replace(MODES[mode], logits_gather=gather)
@@ -72,7 +72,7 @@ def collectives(rank: int, world_size: int) -> dict[int, list[tuple[str, int]]]:
         setattr(dist, name, spy)
     result = {}
     for tokens in (1, 3, 6):
-        nemo_kd.loss.fused._CHUNK_BYTES["cpu"] = tokens * V // world_size * 4
+        nemo_kd.loss.eager.CHUNK_BYTES["cpu"] = tokens * V // world_size * 4
         seen.clear()
         run_shard(random_case(), MODES["forward_kl-bucket-T2"], rank, world_size, inplace=True)
         result[6 // tokens] = list(seen)

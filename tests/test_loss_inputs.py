@@ -7,7 +7,7 @@ import torch
 from loss_cases import MODES, V, random_case
 from loss_checks import assert_matches_reference, run
 
-import nemo_kd.loss.fused
+import nemo_kd.loss.eager
 from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
 
 GATHERS = ["topk", "full"]
@@ -19,7 +19,7 @@ def test_half_precision_logits_without_a_flat_view(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, inplace: bool
 ) -> None:
     """Each of the 3 sequences is walked in a chunk of 4 tokens and a chunk of 1."""
-    monkeypatch.setitem(nemo_kd.loss.fused._CHUNK_BYTES, "cpu", 4 * V * 4)
+    monkeypatch.setitem(nemo_kd.loss.eager.CHUNK_BYTES, "cpu", 4 * V * 4)
     case, config = random_case(shape=(3, 5)), MODES["forward_kl-label-T2"]
     memory = case.logits.transpose(0, 1).contiguous().to(dtype)
     gradients = []

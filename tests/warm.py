@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# Triton reads TRITON_INTERPRET when it is imported, which may be the server's doing.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 _CONTEXT = multiprocessing.get_context("forkserver")
 _NEMO = [f"nemo_kd.nemo.{name}" for name in ("dump", "train", "model", "hf_import", "hf_export")]
 # One environment has one host.

@@ -72,11 +72,10 @@ def vocab_parallel_kd_sft_loss(
         loss, kd_loss, sft_loss, student = dense_loss(student_logits, rows, config, tp_group)
     else:
         classes = locate(rows, student_logits.shape[-1], tp_group)
-        gradients = None
-        if torch.is_grad_enabled() and student_logits.requires_grad:
-            gradients = student_logits.detach() if inplace else torch.empty_like(student_logits)
+        # Inside forward autograd is always off: whether a backward will come is asked here.
+        needs_grad = torch.is_grad_enabled() and student_logits.requires_grad
         loss, kd_loss, sft_loss, *fields = FusedLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-            student_logits, gradients, classes, config, tp_group, inplace
+            student_logits, classes, config, tp_group, inplace, needs_grad
         )
         student = Student(*fields)
     return assemble(loss.view(shape), kd_loss, sft_loss, student, rows, config)
@@ -132,10 +131,9 @@ def vocab_parallel_linear_kd_sft_loss(
         )
     tp_group = tp_group if num_shards > 1 else None
     weights = token_weights.detach().reshape(-1).to(rows.targets.probs.dtype)
-    classes = locate(rows, len(output_weight), tp_group, weights)
-    # Inside forward autograd is always off: whether to form gradients is asked here.
+    classes = locate(rows, len(output_weight), tp_group)
     needs_grad = torch.is_grad_enabled()
     loss, kd_loss, sft_loss, *fields = FusedLinearLoss.apply(  # type: ignore[no-untyped-call] # torch's own
-        hidden, output_weight, classes, config, tp_group, sequence_parallel, needs_grad
+        hidden, output_weight, classes, weights, config, tp_group, sequence_parallel, needs_grad
     )
     return assemble(loss, kd_loss, sft_loss, Student(*fields), rows, config)

@@ -1,8 +1,9 @@
-"""One chunk of tokens `[n, Vp]`: its statistics, the divergence and dloss/dz.
+"""What the passes share: the small tensors of N tokens, none of them as wide as the vocabulary.
 
-`measure` reads the logits and leaves exponentials, `combine` makes one student of all vocab shards,
-and `form` computes the divergence and turns the exponentials into the gradient. docs/loss.md
-derives the formulas.
+A pass reads the logits twice. First an engine (eager.py or triton_kernels.py) measures this vocab
+shard, `combine` makes one student of all shards, and `divergence` compares it with the teacher.
+Then `form` says in K + 4 numbers a token what the gradient is, and the engine spreads them over the
+vocabulary. docs/loss.md derives the formulas.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_kd.loss.objective import KDLossConfig
 from nemo_kd.loss.prepare import Rows, Student
-from nemo_kd.vocab_parallel import LOG2_E, all_reduce_max, all_reduce_sum, vocab_shard_range
+from nemo_kd.vocab_parallel import all_reduce_max, all_reduce_sum, vocab_shard_range
 
 
 class Classes(NamedTuple):
@@ -25,7 +26,6 @@ class Classes(NamedTuple):
     absent: Tensor  # [N, K + 1] bool: as in Targets, and so are probs and log_probs
     probs: Tensor
     log_probs: Tensor
-    token_weights: Tensor | None  # [N] multiply the rows of the gradient; None: all are 1
 
 
 class Local(NamedTuple):
@@ -37,59 +37,30 @@ class Local(NamedTuple):
     sum_t: Tensor  # [N] sum exp((z - peak) / T)
 
 
-def locate(
-    rows: Rows, shard_size: int, group: ProcessGroup | None, token_weights: Tensor | None = None
-) -> Classes:
+class Gradient(NamedTuple):
+    """dloss/dz of N rows of one vocab shard, before an engine spreads it over the vocabulary.
+
+        dloss/dz_j = scale * exp(z_j - peak) + scale_t * exp((z_j - peak) / T)
+                   + the sum of `sparse` over the classes whose column is j
+
+    With tail "bucket" both exponentials are left out where j is an entry.
+    """
+
+    column: Tensor  # [N, K + 1] int64, and foreign: as in Classes
+    foreign: Tensor  # [N, K + 1] bool
+    logits: Tensor  # [N, K + 1] as in Student
+    sparse: Tensor  # [N, K + 1]
+    peak: Tensor  # [N] as in Local
+    scale: Tensor  # [N]
+    scale_t: Tensor | None  # [N]; None where no such term exists, or where `scale` has it (T = 1)
+
+
+def locate(rows: Rows, shard_size: int, group: ProcessGroup | None) -> Classes:
     """The classes of one call's rows, in this rank's vocab shard."""
     start, end = vocab_shard_range(shard_size, group)
     ids = torch.cat([rows.ids, rows.labels[:, None]], dim=-1)
     foreign = (ids < start) | (ids >= end)
-    return Classes((ids - start).masked_fill_(foreign, 0), foreign, *rows.targets, token_weights)
-
-
-def measure(
-    logits: Tensor, classes: Classes, config: KDLossConfig, work: Tensor, work_t: Tensor
-) -> Local:
-    """This shard's statistics of a chunk `[n, Vp]`; leaves its exponentials in both works."""
-    # The entries are read first: `work` may be the logits' own memory.
-    entries = logits.gather(1, classes.column).to(work.dtype)
-    entries.masked_fill_(classes.foreign, -torch.inf)
-    peak = exponentiate(logits, classes, config, work, work_t)
-    total = work.sum(-1)
-    return Local(entries, peak, total, total if work_t is work else work_t.sum(-1))
-
-
-def exponentiate(
-    logits: Tensor,
-    classes: Classes,
-    config: KDLossConfig,
-    work: Tensor,
-    work_t: Tensor,
-    peak: Tensor | None = None,
-) -> Tensor:
-    """Writes exp(z - peak) to `work` and exp((z - peak) / T) to `work_t`; returns the peak.
-
-    `work` may be the logits' memory; at T = 1 `work_t` is `work`. With tail "bucket" the entries
-    are -inf, so that the sum is over the outside only, and never 1 minus another sum.
-    """
-    source = logits
-    if logits.dtype != work.dtype or config.tail == "bucket":
-        source = work.copy_(logits)
-    if config.tail == "bucket":
-        # Added, not assigned: a foreign entry stands at column 0, whose logit must stay.
-        own_entries = ~classes.foreign[:, :-1]
-        exclusion = torch.zeros_like(own_entries, dtype=work.dtype)
-        exclusion.masked_fill_(own_entries, -torch.inf)
-        work.scatter_add_(1, classes.column[:, :-1], exclusion)
-    if peak is None:
-        # Finite even where nothing is left of the row, or -inf - -inf would be NaN.
-        peak = source.amax(-1).clamp_(min=torch.finfo(work.dtype).min)
-    torch.sub(source, peak[:, None], out=work)
-    if work_t is not work:
-        # Before `work` is overwritten by its own exponential.
-        torch.mul(work, LOG2_E / config.temperature, out=work_t).exp2_()
-    work.mul_(LOG2_E).exp2_()
-    return peak
+    return Classes((ids - start).masked_fill_(foreign, 0), foreign, *rows.targets)
 
 
 def combine(local: Local, config: KDLossConfig, group: ProcessGroup | None) -> Student:
@@ -113,26 +84,6 @@ def combine(local: Local, config: KDLossConfig, group: ProcessGroup | None) -> S
         log_sum = torch.logaddexp(log_sum, entries.logsumexp(-1))
         log_sum_t = torch.logaddexp(log_outside, (entries / config.temperature).logsumexp(-1))
     return Student(maxima[:, :-1], top, log_sum, log_sum_t, log_outside, local.peak - top)
-
-
-def form(
-    student: Student,
-    classes: Classes,
-    config: KDLossConfig,
-    work: Tensor,
-    work_t: Tensor,
-    out: Tensor | None,
-) -> Tensor:
-    """D `[n]`. With `out`, the exponentials in `work` and `work_t` become dloss/dz in `out`.
-
-    `out` and `work` may be one tensor.
-    """
-    value, class_gradient = divergence(student, classes, config)
-    if out is not None:
-        _form_gradient(student, classes, class_gradient, config, work, work_t)
-        if work is not out:
-            out.copy_(work)
-    return value
 
 
 def divergence(student: Student, classes: Classes, config: KDLossConfig) -> tuple[Tensor, Tensor]:
@@ -180,34 +131,33 @@ def _terms(probs: Tensor, log_probs: Tensor, log_others: Tensor) -> Tensor:
     return (probs * (log_probs - log_others)).masked_fill_(probs == 0, 0)
 
 
-def _form_gradient(
+def form(
+    local_peak: Tensor,
     student: Student,
     classes: Classes,
     class_gradient: Tensor,
     config: KDLossConfig,
-    work: Tensor,
-    work_t: Tensor,
-) -> None:
-    """Turns the exponentials in `work` and `work_t` into dloss/dz of a chunk, in `work`.
+) -> Gradient:
+    """The gradient of the loss, from `class_gradient` (dD/du), which is overwritten.
 
         dloss/dz_j = sft_loss_weight * (softmax(z)_j - 1[j = label])
                    + kd_loss_weight * T * (dD/du_j if j is an entry, else the dense part)
 
     The dense part is 0 for renormalize, dD/du_outside * softmax(z/T over the outside)_j for bucket
-    and softmax(z/T)_j for label and drop. `class_gradient` (dD/du) is overwritten.
+    and softmax(z/T)_j for label and drop.
     """
     sparse = class_gradient.mul_(config.kd_loss_weight * config.temperature)
     if config.kd_loss_weight == 0:
         sparse.zero_()  # also where KD is NaN
     if config.tail == "bucket":
-        # The entries were left out of the exponentials: their cells hold 0 and get all of theirs.
+        # The entries were left out of the exponentials: their cells get all of their gradient here.
         softmax = (student.logits[:, :-1] - student.top[:, None] - student.log_sum[:, None]).exp_()
         sparse[:, :-1].add_(softmax, alpha=config.sft_loss_weight)
         # Copied before the column becomes the label's.
         dense = sparse[:, -1].clone()
         sparse[:, -1] = 0
     elif config.tail != "renormalize":
-        dense = (~classes.absent.all(-1)).to(work.dtype)
+        dense = (~classes.absent.all(-1)).to(sparse.dtype)
         dense.mul_(config.kd_loss_weight * config.temperature)
     sparse[:, -1] -= config.sft_loss_weight
     scale = (student.offset - student.log_sum).exp_().mul_(config.sft_loss_weight)
@@ -216,18 +166,11 @@ def _form_gradient(
         # The exponent is at most 0. It is inf where the outside is empty, and NaN where T < 1 takes
         # the offset out of float32; `dense` is 0 in both cases.
         exponent = student.offset / config.temperature - student.log_outside
-        exponent = exponent.nan_to_num_(nan=0).clamp_(max=0)
-        scale_t = exponent.exp_().mul_(dense)
-        if work_t is work:
+        scale_t = exponent.nan_to_num_(nan=0).clamp_(max=0).exp_().mul_(dense)
+        if config.temperature == 1:
             scale, scale_t = scale.add_(scale_t), None
-    if classes.token_weights is not None:
-        for factor in (sparse.t(), scale, *([] if scale_t is None else [scale_t])):
-            factor.mul_(classes.token_weights)
-    work.mul_(scale[:, None])
-    if scale_t is not None:
-        work.addcmul_(work_t, scale_t[:, None])
-    # Added, since an entry's cell may be the label's too, and foreign entries add 0 to column 0.
-    work.scatter_add_(1, classes.column, sparse.masked_fill_(classes.foreign, 0))
+    places = (classes.column, classes.foreign, student.logits)
+    return Gradient(*places, sparse, local_peak, scale, scale_t)
 
 
 def take(fields: Any, rows: slice) -> Any:

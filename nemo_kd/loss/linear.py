@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_kd.loss.chunk import Classes
-from nemo_kd.loss.fused import Scratch, chunks, sharded_pass, weigh, whole_pass
+from nemo_kd.loss.chunk import Classes, Local, combine, concatenate, divergence, form, take
+from nemo_kd.loss.fused import engine_for, measure, spread, weigh
 from nemo_kd.loss.objective import KDLossConfig
+from nemo_kd.loss.prepare import Student
 from nemo_kd.vocab_parallel import all_gather, all_reduce_sum, reduce_scatter_sum
 
 # The size of a block of logits. It is large, because each block reads and writes the whole gradient
@@ -37,13 +38,12 @@ class FusedLinearLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         classes: Classes,
+        token_weights: Tensor,
         config: KDLossConfig,
         group: ProcessGroup | None,
         sequence_parallel: bool,
         needs_grad: bool,
     ) -> tuple[Tensor, ...]:
-        token_weights = classes.token_weights
-        assert token_weights is not None
         rows = hidden.reshape(-1, hidden.shape[-1])
         if sequence_parallel:
             # Every rank needs the hidden states of all tokens for its vocab shard.
@@ -53,12 +53,13 @@ class FusedLinearLoss(torch.autograd.Function):
             hidden_grad = torch.empty_like(rows)
         if needs_grad and weight.requires_grad:
             weight_grad = weight.new_zeros(weight.shape, dtype=classes.probs.dtype)
-        scratch = Scratch(classes.probs.dtype, config)
-        layer = _OutputLayer(rows, weight.to(rows.dtype), hidden_grad, weight_grad, scratch.dtype)
         largest = torch.cat([token_weights.abs(), token_weights.new_zeros(1)]).amax()
         unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        walked = (layer, classes._replace(token_weights=token_weights / unit), config, scratch)
-        value, student = whole_pass(*walked) if group is None else sharded_pass(*walked, group)
+        layer = _OutputLayer(rows, weight.to(rows.dtype), hidden_grad, weight_grad)
+        # A block of a vocab shard is computed twice: then its memory can carry nothing.
+        engine = engine_for(rows, config, classes.probs.dtype, layer.needs_grad and group is None)
+        walked = (layer, engine, classes, token_weights / unit, config)
+        value, student = _whole_pass(*walked) if group is None else _sharded_pass(*walked, group)
         if hidden_grad is not None:
             # Every shard's logits contribute to the hidden states; with sequence parallelism each
             # rank keeps its own tokens of the sum.
@@ -75,7 +76,7 @@ class FusedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         if scale is None:
-            return (None,) * 7
+            return (None,) * 8
         hidden_grad, weight_grad, unit = ctx.saved_tensors
         scale = scale * unit
         # In place: each gradient is as large as its tensor, and nothing else refers to it.
@@ -83,7 +84,7 @@ class FusedLinearLoss(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(scale)
         if weight_grad is not None:
             weight_grad = _hand_over(weight_grad.mul_(scale), ctx.weight)
-        return hidden_grad, weight_grad, *(None,) * 5
+        return hidden_grad, weight_grad, *(None,) * 6
 
 
 class _OutputLayer:
@@ -93,49 +94,86 @@ class _OutputLayer:
     vocab shard, which is walked twice, computes them twice.
     """
 
-    keeps_exponentials = False
-
     def __init__(
-        self,
-        rows: Tensor,
-        matrix: Tensor,
-        rows_grad: Tensor | None,
-        matrix_grad: Tensor | None,
-        dtype: torch.dtype,
+        self, rows: Tensor, matrix: Tensor, rows_grad: Tensor | None, matrix_grad: Tensor | None
     ) -> None:
-        self.rows, self.matrix, self.dtype = rows, matrix, dtype
+        self.rows, self.matrix = rows, matrix
         self.rows_grad, self.matrix_grad = rows_grad, matrix_grad
         self.needs_grad = rows_grad is not None or matrix_grad is not None
         block_bytes = _BLOCK_BYTES.get(rows.device.type, _BLOCK_BYTES["cuda"])
         self._num_tokens = max(1, block_bytes // (len(matrix) * rows.dtype.itemsize))
         self._memory = rows.new_empty(min(self._num_tokens, len(rows)), len(matrix))
 
-    def walk(self, writes: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """As Logits.walk; the gradient of a chunk overwrites its logits."""
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of each block and its logits `[n, Vp]`, which the next block overwrites."""
         for begin in range(0, max(1, len(self.rows)), self._num_tokens):
             block = slice(begin, min(begin + self._num_tokens, len(self.rows)))
-            # Every block overwrites the logits of the one before.
             logits = self._memory[: block.stop - begin]
-            torch.mm(self.rows[block], self.matrix.t(), out=logits)
-            for rows, chunk, out in chunks(self.dtype, logits, logits if writes else None):
-                yield slice(begin + rows.start, begin + rows.stop), chunk, out
-            # The pass asks for the next chunk when the gradient of the block's last one is written.
-            if writes:
-                self._accumulate(block, logits)
+            yield block, torch.mm(self.rows[block], self.matrix.t(), out=logits)
 
-    def _accumulate(self, part: slice, gradient: Tensor) -> None:
-        """Takes dloss/dz `[n, Vp]` of the block `part` into the gradients of rows and matrix."""
+    def accumulate(self, block: slice, gradient: Tensor) -> None:
+        """Takes dloss/dz `[n, Vp]` of a block into the gradients of rows and matrix."""
         if self.rows_grad is not None:
-            torch.mm(gradient, self.matrix, out=self.rows_grad[part])
+            torch.mm(gradient, self.matrix, out=self.rows_grad[block])
         if self.matrix_grad is None:
             return
         # Each block adds to the whole gradient in place, in the computing type.
         if gradient.dtype == self.matrix_grad.dtype:
-            self.matrix_grad.addmm_(gradient.t(), self.rows[part])
+            self.matrix_grad.addmm_(gradient.t(), self.rows[block])
+            return
+        if gradient.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+            # cuBLAS adds a half-precision product to a float32 matrix where it computes it.
+            product = (self.matrix_grad, gradient.t(), self.rows[block])
+            torch.addmm(*product, out_dtype=self.matrix_grad.dtype, out=self.matrix_grad)
             return
         for begin in range(0, len(self.matrix_grad), _IDS_PER_PRODUCT):
             ids = slice(begin, begin + _IDS_PER_PRODUCT)
-            self.matrix_grad[ids] += gradient[:, ids].t() @ self.rows[part]
+            self.matrix_grad[ids] += gradient[:, ids].t() @ self.rows[block]
+
+
+def _whole_pass(
+    layer: _OutputLayer, engine: Any, classes: Classes, weights: Tensor, config: KDLossConfig
+) -> tuple[Tensor, Student]:
+    """D `[N]` and the student's statistics, of a whole vocabulary; each block is computed once.
+
+    The gradient of a block overwrites its logits.
+    """
+    values, students = [], []
+    for block, logits in layer.blocks():
+        own = take(classes, block)
+        local = measure(engine, logits, own)
+        student = combine(local, config, None)
+        value, class_gradient = divergence(student, own, config)
+        if layer.needs_grad:
+            gradient = form(local.peak, student, own, class_gradient, config)
+            spread(engine, logits, gradient, weights[block], logits)
+            layer.accumulate(block, logits)
+        values.append(value)
+        students.append(student)
+    return torch.cat(values), concatenate(students)
+
+
+def _sharded_pass(
+    layer: _OutputLayer,
+    engine: Any,
+    classes: Classes,
+    weights: Tensor,
+    config: KDLossConfig,
+    group: ProcessGroup,
+) -> tuple[Tensor, Student]:
+    """The same from one vocab shard, which is walked twice: a row's sums need every shard."""
+    local: Local = concatenate(
+        [measure(engine, logits, take(classes, block)) for block, logits in layer.blocks()]
+    )
+    # The collectives of all blocks at once: two, however many blocks there are.
+    student = combine(local, config, group)
+    value, class_gradient = divergence(student, classes, config)
+    if layer.needs_grad:
+        gradient = form(local.peak, student, classes, class_gradient, config)
+        for block, logits in layer.blocks():
+            spread(engine, logits, take(gradient, block), weights[block], logits)
+            layer.accumulate(block, logits)
+    return value, student
 
 
 def _hand_over(gradient: Tensor, weight: Any) -> Tensor:

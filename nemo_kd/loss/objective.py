@@ -9,6 +9,7 @@ over those classes, every mode is a divergence D between t and s:
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,7 +28,8 @@ class KDLossConfig:
     """The settings of the loss: the divergence, its classes, the temperature and both weights.
 
     Raises:
-        ValueError: a field is out of its range, or the combination has no meaning.
+        ValueError: a field is out of its range, the combination has no meaning, or the environment
+            variable NEMO_KD_KERNELS has a value that says nothing.
     """
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
@@ -68,10 +70,27 @@ class KDLossConfig:
                 "infinite or blind; use tail renormalize or bucket, or divergence forward_kl"
             )
 
+        forced_kernels()  # a wrong value shows here, before any weight is read
+
     @property
     def restricts_student(self) -> bool:
         """Whether s is normalised over the row's classes; otherwise it is over the vocabulary."""
         return self.tail in ("renormalize", "bucket")
+
+
+def forced_kernels() -> str:
+    """NEMO_KD_KERNELS: eager, triton, or "" where the logits' device decides.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    value = os.environ.get("NEMO_KD_KERNELS", "")
+    if value not in ("", "eager", "triton"):
+        raise ValueError(
+            f"expected NEMO_KD_KERNELS eager or triton, got {value!r}; unset it to let the logits' "
+            "device decide"
+        )
+    return value
 
 
 def weighted_sum(kd_loss: Tensor, sft_loss: Tensor, config: KDLossConfig) -> Tensor:
