@@ -1,7 +1,8 @@
 """The command nemo-kd.
 
 `dump`, `train`, `import-hf` and `export-hf` call the same functions as the scripts in examples/,
-with the same keys. `inspect`, `verify` and `import` are about a cache; `show` is about a cache or
+with the same keys; `dump --host bridge` and `train --host bridge` those of examples/bridge/.
+`inspect`, `verify` and `import` are about a cache; `show` is about a cache or
 a file of SFT data.
 """
 
@@ -61,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (name, _, text) in RUNS.items():  # only for --help: `main` calls them itself
-        commands.add_parser(command, help=f"{text}; keys: {name}.yaml", add_help=False)
+        more = ", or bridge/ with --host bridge" if command in ("dump", "train") else ""
+        commands.add_parser(command, help=f"{text}; keys: {name}.yaml{more}", add_help=False)
     _add_inspect(commands)
     _add_verify(commands)
     _add_show(commands)
@@ -80,16 +82,33 @@ def _run(command: str, overrides: list[str]) -> None:
     from nemo_kd.process import announce, answer_help, user_errors
 
     name, module, _ = RUNS[command]
+    host = _taken_host(command, overrides)
+    conf = CONF / "bridge" if host == "bridge" else CONF
 
-    @hydra.main(version_base=None, config_path=str(CONF), config_name=name)
+    @hydra.main(version_base=None, config_path=str(conf), config_name=name)
     def run(config: DictConfig) -> None:
         with user_errors():
             announce(config)
-            getattr(importlib.import_module(f"nemo_kd.nemo.{module}"), name)(config)
+            getattr(importlib.import_module(f"nemo_kd.{host}.{module}"), name)(config)
 
     sys.argv = [f"nemo-kd {command}", *overrides]  # Hydra reads its arguments there
-    answer_help(CONF / f"{name}.yaml")
+    answer_help(conf / f"{name}.yaml")
     run()
+
+
+def _taken_host(command: str, overrides: list[str]) -> str:
+    """Take `--host HOST` out of a run's arguments; without it the host is NeMo 2.4."""
+    if "--host" not in overrides:
+        return "nemo"
+    place = overrides.index("--host")
+    host = "".join(overrides[place + 1 : place + 2])
+    if host not in ("nemo", "bridge") or command not in ("dump", "train"):
+        sys.exit(
+            f"nemo-kd {command}: expected --host nemo or --host bridge with dump or train, got "
+            f"--host {host}"
+        )
+    del overrides[place : place + 2]
+    return host
 
 
 # --- inspect

@@ -28,8 +28,12 @@ _PRECEDENCE_S = 3
 _READ = (
     *("source", "teacher.restore_from_path", "data.file_names", "model.restore_from_path"),
     *("model.data.train_ds.file_names", "model.data.validation_ds.file_names"),
+    *("model.hf_path", "dataset.train_caches", "dataset.validation_caches"),
 )
-_WRITTEN = ("output", "cache.path", "save_to", "exp_manager.explicit_log_dir")
+_WRITTEN = (
+    *("output", "cache.path", "save_to", "exp_manager.explicit_log_dir"),
+    *("save_hf", "checkpoint.save"),
+)
 
 
 def rank() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from enum import Enum
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -136,3 +139,32 @@ def _shown(value: Any) -> str:
     if value is None or type(value) is bool:
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)
+
+
+def set_fields(target: Any, section: Any, name: str, leave_out: tuple[str, ...] = ()) -> Any:
+    """Set the keys of a YAML section on a host's config, a dataclass, and return it.
+
+    Raises:
+        ValueError: The config has no such field.
+    """
+    values: Any = OmegaConf.to_container(section, resolve=True)
+    known = [field.name for field in fields(target)]
+    for key in values.keys() - set(leave_out):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {name}.{close[0]}?" if close else ""
+            raise ValueError(f"{name}.{key} is no key of {type(target).__name__}{hint}")
+        setattr(target, key, _as_type_of(getattr(target, key, None), values[key], f"{name}.{key}"))
+    return target
+
+
+def _as_type_of(default: Any, value: Any, key: str) -> Any:
+    """A YAML's text as the enum or the torch dtype that the host has there."""
+    import torch
+
+    try:
+        if isinstance(default, Enum) and isinstance(value, str):
+            return type(default)[value]
+        return getattr(torch, value) if isinstance(default, torch.dtype) else value
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{key}: expected a value like {default}, got {value!r}") from error

@@ -40,6 +40,9 @@ def test_the_first_line_tells_the_format(case: str) -> None:
 def test_a_template_with_alpacas_key_is_the_users_word() -> None:
     alpaca = LINES["Alpaca"][1]
     assert detect(alpaca, ["instruction", "input", "output"]) == "prompt"
+    chat = {"prompt": "a", "answer": "b", "messages": [ASK, ANSWER]}
+    assert detect(chat, ["prompt", "answer"]) == "prompt"
+    assert detect(chat, KEYS) == "messages"
     with pytest.raises(ValueError, match=r"\(input, output\), found text; set data.format to one"):
         detect({"text": "a"}, KEYS)
 
@@ -109,6 +112,41 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], tuple[
             ANSWER,
         ],
         (False, False, True, False, True),
+    ),
+    "a call as it was before tool_calls": (
+        "messages",
+        {"messages": [ASK, {"role": "assistant", "content": None, "function_call": CALL}]},
+        [
+            ASK,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+                ],
+            },
+        ],
+        (False, True),
+    ),
+    "nulls, as OpenAI's client writes them": (
+        "messages",
+        {"messages": [ASK, ANSWER | {"tool_calls": None, "refusal": None}, ASK, ANSWER]},
+        [ASK, ANSWER, ASK, ANSWER],
+        (False, True, False, True),
+    ),
+    "ShareGPT that begins with the assistant, and weights": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "gpt", "value": "Yes"},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Yes", "weight": 0},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Yes"},
+            ]
+        },
+        [ANSWER, ASK, ANSWER, ASK, ANSWER],
+        (False, False, False, False, True),
     ),
     "Alpaca": (
         "alpaca",
@@ -483,3 +521,11 @@ def test_where_the_template_comes_from(tokenizer: Any, tmp_path: Path) -> None:
     assert template_of(own, str(tmp_path / "gemma.jinja")) == GEMMA
     with pytest.raises(ValueError, match=r"data.chat_template: expected a file, found no nowhere"):
         template_of(own, "nowhere")
+
+
+def test_a_template_that_writes_the_date_is_refused(tokenizer: Any) -> None:
+    dated = "{{ date_string or strftime_now('%d %b %Y') }}" + CHATML
+    with pytest.raises(ValueError, match=r"writes today's date.*chat_template_kwargs"):
+        Renderer(tokenizer, 1000, dated)
+    fixed = Renderer(tokenizer, 1000, dated, {"date_string": "26 Jul 2024"})
+    assert shown(tokenizer, fixed(read(CHAT))).startswith("26 Jul 2024<|im_start|>")

@@ -109,7 +109,7 @@ def test_long_chats_are_cut_and_counted(
     dump = dump_arguments(nemos["untied"], file, tmp_path / "cache")
     dump = [each for each in dump if not each.startswith("data.prompt_template")]
     output = run_example("dump_teacher_topk.py", *dump, f"data.chat_template={template}")
-    assert f"truncated samples: 1 (data.max_seq_length={MAX_SEQ_LENGTH}; " in output
+    assert f"truncated samples in this run: 1 (data.max_seq_length={MAX_SEQ_LENGTH}; " in output
     text = shown(tmp_path / "cache", 0, hf_tokenizer)
     assert text.endswith("stone</s>⟧")
     assert text.count("⟦") == text.count("⟧")

@@ -160,3 +160,14 @@ def test_inspect_ragged_rows(tmp_path, capsys, codec):
     assert summary["mean_kept_entries"] == 1.5
     expected = {"1": 0.75, "2": 0.875, "5": 0.875}
     assert summary["teacher_mass_kept"] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("command", ["dump", "train"])
+def test_the_host_is_chosen(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--host", "bridge", "--help"])
+    assert not ended.value.code
+    assert "with Megatron-Bridge" in capsys.readouterr().out
+    for arguments in ([command, "--host", "hugging"], [command, "--host"], ["import-hf", "--host"]):
+        with pytest.raises(SystemExit, match="expected --host nemo or --host bridge"):
+            main(arguments)

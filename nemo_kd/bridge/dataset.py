@@ -78,7 +78,7 @@ class KDCaches(DatasetProvider):
     global_batch_size: int = 1
 
     def check(self) -> None:
-        """Raise a ValueError if there are not as many names or weights as caches."""
+        """Raise a ValueError if there are too few names or weights, or two names are equal."""
         for key, caches in ("names", self.validation_caches), ("weights", self.train_caches):
             given = getattr(self, key)
             if given is not None and len(given) != len(caches):
@@ -86,6 +86,8 @@ class KDCaches(DatasetProvider):
                     f"dataset.{key}: expected one for each of {len(caches)} caches, got "
                     f"{len(given)}"
                 )
+        if len(set(self.set_names)) < len(self.set_names):
+            raise ValueError(f"dataset.names: expected distinct names, got {self.set_names}")
 
     @property
     def set_names(self) -> list[str]:

@@ -62,6 +62,9 @@ def dump_teacher_topk(config: DictConfig) -> None:
     from nemo_kd.bridge.models import read_model, tokenizer_config
 
     _, provider = read_model(config.model, config.device)
+    for key, only in ("context_parallel_size", 1), ("virtual_pipeline_model_parallel_size", None):
+        if getattr(provider, key) != only:
+            raise ValueError(f"model.{key}: the teacher run has none, got {getattr(provider, key)}")
     provider.seq_length = max(provider.seq_length, data.max_seq_length)
     start(config.device)
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_kd.bridge import cpu_backend
+from nemo_kd.values import set_fields
 
 
 def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
@@ -66,20 +65,3 @@ def tokenizer_config(path: str) -> TokenizerConfig:
         # Core's default is the slow one, which many tokenizers no longer have.
         hf_tokenizer_kwargs={"use_fast": True},
     )
-
-
-def set_fields(target: Any, section: DictConfig, name: str, leave_out: tuple[str, ...] = ()) -> Any:
-    """Set the keys of a YAML section on one of Bridge's configs, and return it.
-
-    Raises:
-        ValueError: The config has no such field.
-    """
-    values: Any = OmegaConf.to_container(section, resolve=True)
-    known = [field.name for field in fields(target)]
-    for key in values.keys() - set(leave_out):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {name}.{close[0]}?" if close else ""
-            raise ValueError(f"{name}.{key} is no key of Bridge's {type(target).__name__}{hint}")
-        setattr(target, key, values[key])
-    return target

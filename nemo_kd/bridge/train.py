@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start
+from nemo_kd.values import set_fields
 
 _RANKS = ("tensor_model", "pipeline_model", "context")
 _SECTIONS = (
@@ -55,7 +56,12 @@ def train_kd_sft(config: DictConfig) -> None:
     except SystemExit:  # Bridge has saved a checkpoint and ends the process
         if step.state is not None and any(step.state.signal_handler.signals_received()):
             exit_stopped(
-                "stopped by SIGTERM; the same command resumes from the last checkpoint"
+                "stopped by SIGTERM; the same command "
+                + (
+                    "resumes from the last checkpoint"
+                    if container.checkpoint.save
+                    else "begins anew"
+                )
                 if rank() == 0
                 else None
             )
@@ -65,7 +71,7 @@ def train_kd_sft(config: DictConfig) -> None:
 def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
     """What Bridge calls between steps.
 
-    The student is saved when the training has ended: later, Bridge has destroyed its groups.
+    The student is saved when the training has ended: later, Bridge has no model parallel groups.
     """
     from megatron.bridge.training.callbacks import CallbackManager
 
@@ -103,13 +109,20 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
     if config.device not in ("gpu", "cpu"):
         raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
     for key in "train_caches", "validation_caches":
+        if not isinstance(config.dataset[key], ListConfig):
+            raise ValueError(f"dataset.{key}: expected a list [...], got {config.dataset[key]!r}")
         for path in config.dataset[key]:
             if not (Path(path) / "manifest.json").is_file():
                 raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
     if not config.dataset.train_caches:
         raise ValueError("dataset.train_caches: expected cache directories, got none")
-    if config.save_hf is not None and Path(config.save_hf).exists():
-        raise ValueError(f"save_hf: expected a new directory, but there exists {config.save_hf}")
+    if config.save_hf is not None:
+        config.save_hf = os.path.normpath(config.save_hf)
+        parent = Path(config.save_hf).absolute().parent
+        if Path(config.save_hf).exists():
+            raise ValueError(f"save_hf: expected a new directory, but there is {config.save_hf}")
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"save_hf: expected a directory to write in, got {parent}")
     for key in "load", "pretrained_checkpoint":
         path = config.checkpoint.get(key)
         if path is not None and not Path(path).is_dir():
@@ -142,7 +155,7 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     from megatron.bridge.training import config as bridge
 
     from nemo_kd.bridge.dataset import KDCaches, num_validation_steps
-    from nemo_kd.bridge.models import set_fields, tokenizer_config
+    from nemo_kd.bridge.models import tokenizer_config
 
     train = set_fields(bridge.TrainingConfig(), config.train, "train")
     caches = list(config.dataset.validation_caches)

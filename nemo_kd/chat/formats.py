@@ -25,6 +25,9 @@ _SPEAKERS = {
 }
 
 
+_DEFAULT_KEYS = ["input", "output"]  # of DataConfig.prompt_template
+
+
 class Conversation(NamedTuple):
     """One sample before it is rendered: messages for a chat template, or a plain text.
 
@@ -44,12 +47,15 @@ def detect(record: dict[str, Any], template_keys: list[str]) -> str:
 
     Args:
         record: The line.
-        template_keys: The keys of `prompt_template`.
+        template_keys: The keys of `prompt_template`. One that the user has written goes before any
+            other format.
 
     Raises:
         ValueError: It has no format's keys.
     """
     turns = record.get("conversations")
+    if set(template_keys) <= record.keys() and template_keys != _DEFAULT_KEYS:
+        return "prompt"
     if isinstance(record.get("messages"), list):
         return "messages"
     if isinstance(turns, list) and turns and isinstance(turns[0], dict):
@@ -110,9 +116,10 @@ def _sharegpt(record: dict[str, Any]) -> tuple[Conversation, set[str]]:
         text = _text(turn.get("value"), "value", number)
         if speaker == "function_call":
             call = {"type": "function", "function": _function(_json(text, number), number)}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
         else:
-            messages.append({"role": _SPEAKERS[speaker], "content": text})
+            message = {"role": _SPEAKERS[speaker], "content": text}
+        messages.append(message | ({"weight": turn["weight"]} if "weight" in turn else {}))
     return _conversation(messages, _tools(record)), {"conversations", "system", "tools"}
 
 
@@ -151,8 +158,14 @@ _READERS: Mapping[str, Callable[[dict[str, Any]], tuple[Conversation, set[str]]]
 
 
 def _conversation(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> Conversation:
-    """OpenAI's `weight` of 0 says that a turn is not learnt; a template never sees the key."""
-    learnt = [each["role"] == "assistant" and each.get("weight", 1) != 0 for each in messages]
+    """OpenAI's `weight` of 0 says that a turn is not learnt; a template never sees the key.
+
+    Nothing stands before the first turn, so that it is not learnt either.
+    """
+    learnt = [
+        number > 0 and each["role"] == "assistant" and each.get("weight", 1) != 0
+        for number, each in enumerate(messages)
+    ]
     plain = [{k: v for k, v in each.items() if k != "weight"} for each in messages]
     return Conversation(plain, tools, tuple(learnt))
 
@@ -163,9 +176,12 @@ def _message_list(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
     """A message as chat templates take it: content is a text, arguments of a call an object."""
-    message = dict(turn)
+    message = {key: value for key, value in turn.items() if value is not None}
     _text(message.get("role"), "role", number)
-    content, calls = message.get("content"), message.get("tool_calls")
+    if "function_call" in message:  # how OpenAI wrote a call before tool_calls
+        call = {"type": "function", "function": message.pop("function_call")}
+        message["tool_calls"] = [*message.get("tool_calls", []), call]
+    content, calls = message.get("content"), message.pop("tool_calls", None)
     if isinstance(content, list):  # OpenAI's parts
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(parts) != len(content):
@@ -173,7 +189,7 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
                 f"turn {number}: expected only parts of type text, got {content!r:.60}"
             )
         content = "".join(_text(part.get("text"), "text", number) for part in parts)
-    if content is None and (calls or message.get("function_call")):
+    if content is None and calls:
         content = ""
     message["content"] = _text(content, "content", number)
     if calls:

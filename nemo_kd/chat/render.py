@@ -74,7 +74,7 @@ class Renderer:
         add_eos: Whether a plain text ends with the end token.
 
     Raises:
-        ValueError: The tokenizer is not a fast one.
+        ValueError: The tokenizer is not a fast one, or the template writes today's date.
     """
 
     def __init__(
@@ -94,6 +94,12 @@ class Renderer:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.template, self.template_kwargs = template, dict(template_kwargs or {})
         self.train_on, self.add_eos = train_on, add_eos
+        if "strftime_now" in (template or "") and "date_string" not in self.template_kwargs:
+            raise ValueError(
+                "the chat template writes today's date, so that the samples would depend on the "
+                "day: set data.chat_template_kwargs={date_string:'26 Jul 2024'}, the date that "
+                "all samples are to have, or data.chat_template to a template without it"
+            )
         self._marks_itself = template is not None and _GENERATION.search(template) is not None
         added = tokenizer.added_tokens_decoder
         self._special = {i for i, token in added.items() if token.special}

@@ -1,4 +1,4 @@
-"""Top-K distillation and cross entropy on vocab-parallel logits, in one fused pass.
+"""Top-K distillation and cross entropy on vocab-parallel logits, in two steps.
 
 `vocab_parallel_kd_sft_loss` takes the logits. `vocab_parallel_linear_kd_sft_loss` starts one layer
 earlier, from hidden states and the output layer's weight, and never holds all the logits. Both
@@ -66,7 +66,7 @@ def vocab_parallel_kd_sft_loss(
     teacher = (teacher_topk_log_probs, teacher_topk_ids, teacher_tail_log_probs)
     shape = student_logits.shape[:-1]
     rows = prepare(shape, vocab_size, labels, *teacher, config, student_logits.dtype)
-    # A group of one moves nothing, and then the logits are read only once.
+    # A group of one moves nothing: it is the same as no group.
     tp_group = tp_group if num_vocab_shards(tp_group) > 1 else None
     if config.logits_gather == "full":
         loss, kd_loss, sft_loss, student = dense_loss(student_logits, rows, config, tp_group)

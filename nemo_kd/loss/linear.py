@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from nemo_kd.loss.chunk import Classes, Local, combine, concatenate, divergence, form, take
@@ -73,6 +74,7 @@ class FusedLinearLoss(torch.autograd.Function):
         return (token_weights * loss).sum(), kd_loss, sft_loss, *student
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         if scale is None:

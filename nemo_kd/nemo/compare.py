@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import yaml
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
     GPTSFTChatDataset,
 )
@@ -106,7 +107,10 @@ def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tupl
     Raises:
         ValueError: a setting, or the file, does not fit.
     """
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected data.KEY=VALUE, got {overrides}: {error}") from error
     if unknown := [key for key in given if key != "data"]:
         raise ValueError(f"expected keys of data, as in data.train_on=..., got {unknown[0]}")
     settings = given.get("data", {}) | {"file_names": [path]}
@@ -143,7 +147,7 @@ def _samples(
             tokenizer,
             special_tokens=data.chat_prompt_tokens,
             index_mapping_dir=index_dir,
-            **{name: getattr(data, name) for name in _SETTINGS},
+            **({name: getattr(data, name) for name in _SETTINGS} | data.host_settings),
         )
         for file in files
     )

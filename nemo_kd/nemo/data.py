@@ -97,7 +97,13 @@ def file_settings(path: str, data: DictConfig, model: DictConfig) -> DataConfig:
         own | chat | {"file_names": [path], "sep_id": model.sep_id},
         "model.data.validation_ds",
     )
-    return with_found_format(settings)
+    found = with_found_format(settings)
+    if found.chat and not model.data.chat:
+        raise ValueError(
+            f"model.data.chat: expected true for the validation file {path}, which is in NeMo's "
+            "chat format, got false"
+        )
+    return found
 
 
 def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:

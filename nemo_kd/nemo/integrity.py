@@ -88,7 +88,7 @@ def check_files(
                     for part in parts[rank::num_ranks]
                     if not _is_whole(files, part)
                 ]
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, OSError) as error:  # no rank may leave the others in the collective
         faults = [_in_one_line(error)]
     if weights and _place()[1] > 1:
         of_ranks: list[Any] = [None] * _place()[1]

@@ -134,6 +134,8 @@ def save_nemo(model: Any, path: str, remains: str = "") -> None:
             shutil.rmtree(directory, ignore_errors=True)
         return f"what stood there before is as it was. {remains}".rstrip()
 
+    clear()  # what a killed run has left there would go into the .nemo
+    torch.distributed.barrier()  # before another rank writes into it
     with one_line_if_full(target, clear):
         directory.mkdir(parents=True, exist_ok=True)
         before, tempfile.tempdir = tempfile.tempdir, str(directory)  # NeMo's copy, else in /tmp
@@ -181,10 +183,11 @@ def check_target(path: Any, source: str) -> None:
             free_bytes = shutil.disk_usage(target.parent).free
     except OSError as error:
         raise ValueError(f"save_to: cannot write {path}: {error.strerror}") from error
-    if os.path.isfile(source) and free_bytes < os.path.getsize(source):
+    # NeMo collects the weights beside the .nemo that it makes of them.
+    if os.path.isfile(source) and free_bytes < 2 * os.path.getsize(source):
         raise ValueError(
-            f"save_to: expected {os.path.getsize(source) / 1e9:.3g} GB free beside {path}, which "
-            f"is the size of model.restore_from_path, found {free_bytes / 1e9:.3g} GB"
+            f"save_to: expected {2 * os.path.getsize(source) / 1e9:.3g} GB free beside {path}, "
+            f"twice the size of model.restore_from_path, found {free_bytes / 1e9:.3g} GB"
         )
 
 

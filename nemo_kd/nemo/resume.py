@@ -7,6 +7,7 @@ validates, logs and ends.
 
 import signal
 import time
+from contextlib import nullcontext
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,8 +113,10 @@ def fit(trainer: Trainer, model: Any) -> None:
     """
     callback: Any = trainer.checkpoint_callback
     directory = Path(getattr(callback, "dirpath", None) or trainer.default_root_dir)
+    reads = one_line(trainer.ckpt_path, "the checkpoint to resume from")
+    # Without one, nothing of it can fail.
     with (
-        one_line(trainer.ckpt_path or directory, "the checkpoint to resume from"),
+        reads if trainer.ckpt_path else nullcontext(),
         one_line_if_full(directory, lambda: what_remains(directory)),
     ):
         trainer.fit(model)

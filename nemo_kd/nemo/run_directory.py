@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.model_utils import uninject_model_parallel_rank
 from omegaconf import DictConfig, OmegaConf
@@ -97,7 +98,8 @@ def checked_before_resuming(directory: Path) -> list[Path]:
 
 def what_remains(directory: Path) -> str:
     """Remove what a failed write has left half written, and say what the run can resume from."""
-    NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)  # on rank 0
+    if torch.distributed.get_rank() == 0:  # NeMo's function is for rank 0 only
+        NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)
     newest = _newest(_paths(directory))
     if newest is None:
         return "there is no checkpoint yet: free space, and call the same command again"

@@ -70,8 +70,8 @@ def fill_cache(
     num_truncated = _run_all(run, shards, is_first_replica, everyone)
     if num_truncated:
         say(
-            f"truncated samples: {num_truncated} (data.max_seq_length={data.max_seq_length}; each "
-            "ends after the last turn of the assistant that fits)"
+            f"truncated samples in this run: {num_truncated} (data.max_seq_length="
+            f"{data.max_seq_length}; they end after a turn of the assistant if one fits)"
         )
     if torch.distributed.get_rank() == 0:
         _report(writer, data)

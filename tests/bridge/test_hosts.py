@@ -11,6 +11,7 @@ from runs import MAX_SEQ_LENGTH, run_example, scalars
 
 from nemo_kd.cache import TopKCache
 
+STOPPED_RUN = str(Path(__file__).parents[1] / "stopped_run.py")
 DUMP, TRAIN = "bridge/dump_teacher_topk.py", "bridge/train_kd_sft.py"
 
 
@@ -156,10 +157,31 @@ def test_a_resumed_run_has_the_same_curve(
         np.testing.assert_allclose(curves(logs)[name], values[6:], rtol=1e-4, err_msg=name)
 
 
+def test_sigterm_saves_a_checkpoint_and_resumes(
+    cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ("train.micro_batch_size=4", "checkpoint.save_interval=100")
+    arguments = train_arguments(wide_llamas["tied"], cache, tmp_path, *more)
+    moment = "nemo_kd.bridge.forward_step:KDForwardStep.__call__"  # of the first step
+    script = (STOPPED_RUN, "SIGTERM", moment, 0, TRAIN)
+    output = run_example(*script, *arguments, status=143)
+    assert "stopped by SIGTERM; the same command resumes from the last checkpoint" in output
+    logs = tmp_path / "resumed"
+    run_example(TRAIN, *arguments, f"logger.tensorboard_dir={logs}")
+    for name, values in reference()["curves"]["4"].items():
+        np.testing.assert_allclose(curves(logs)[name], values[1:], rtol=1e-4, err_msg=name)
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "no such model": (["model.hf_path=nowhere"], "found no nowhere/config.json"),
     "no such cache": (["dataset.train_caches=[nowhere]"], "expected cache directories, found none"),
-    "a key of no section": (["+model.recompute=full"], "is no key of Bridge's GPTModelProvider"),
+    "no brackets": (["dataset.train_caches=cache"], "expected a list [...], got 'cache'"),
+    "two sets of one name": (
+        ["dataset.validation_caches=[CACHE,CACHE]"],
+        "dataset.names: expected distinct names, got ['cache', 'cache']",
+    ),
+    "another type": (["+model.attention_backend=none"], "model.attention_backend: expected a val"),
+    "a key of no section": (["+model.recompute=full"], "is no key of GPTModelProvider"),
     "another section": (["+peft.dim=8"], "peft is a key that nothing reads"),
     "a misspelt key": (["train.train_iter=5"], "train_iter"),
     "nothing is kept": (["checkpoint.save=null"], "expected save_hf=DIRECTORY or checkpoint.save"),
@@ -183,6 +205,7 @@ def test_bad_input_is_one_clear_line(
     case: str, cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
     overrides, message = BAD[case]
+    overrides = [each.replace("CACHE", str(cache)) for each in overrides]
     arguments = train_arguments(wide_llamas["tied"], cache, tmp_path)
     output = run_example(TRAIN, *arguments, *overrides, succeeds=False)
     assert message in output, output[-2000:]
