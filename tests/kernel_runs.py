@@ -180,17 +180,17 @@ def traffic(mode: str) -> dict[str, dict[str, int]]:
 
 
 # Offsets beyond 2^31 elements: along the tokens, and along the vocabulary.
-FAR = {"tokens": (2**31 + 16, 1), "vocabulary": (1, 2**31 // 40)}
+FAR = {"tokens": (2**30 + 8, 1), "vocabulary": (1, 2**31 // 40)}
 
 
 def far_logits(row_stride: int, column_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of two far apart and of two adjacent rows; untouched pages take no memory."""
+    """The gradients of rows far apart and of adjacent rows; untouched pages take no memory."""
     from triton.runtime.interpreter import GridExecutor
 
-    case = random_case(shape=(2,))
+    case = random_case(shape=(3,))
     values, v = case.logits.half(), case.logits.shape[-1]
-    size = row_stride + (v - 1) * column_stride + 1
-    far = torch.empty(size, dtype=torch.float16).as_strided((2, v), (row_stride, column_stride))
+    size = 2 * row_stride + (v - 1) * column_stride + 1
+    far = torch.empty(size, dtype=torch.float16).as_strided((3, v), (row_stride, column_stride))
     far.copy_(values)
     config = MODES["forward_kl-label-T2"]
     case.logits = values
