@@ -110,7 +110,8 @@ def vocab_parallel_linear_kd_sft_loss(
         run once; `kd_loss`, `sft_loss` and `metrics`, `[S, B]` each, detached.
 
     Raises:
-        ValueError: see `prepare` and `engine_for`; or token_weights has another shape, or logits_gather is "full".
+        ValueError: see `prepare` and `engine_for`; or token_weights has another shape, or
+            logits_gather is "full".
     """
     if config.logits_gather == "full":
         raise ValueError(
