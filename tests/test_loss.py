@@ -1,5 +1,6 @@
 """The loss on a whole vocabulary: every mode and edge against the float64 reference."""
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_chunks_that_do_not_divide_the_tokens(
     for inplace in (False, True):
         out, gradient = run(case, MODES[mode], inplace=inplace)
         assert_matches_reference(case, MODES[mode], out, gradient)
+
+
+def test_no_chunk_is_kept_between_forward_and_backward() -> None:
+    """Saved are the logits and a few numbers a token; pipeline stages hold many micro batches."""
+    case = random_case(shape=(2, 2), v=4096)
+    logits = case.logits.requires_grad_()
+    rows = (case.labels, case.log_probs, case.ids, case.tails)
+    config = MODES["forward_kl-label-T2"]
+    out = vocab_parallel_kd_sft_loss(logits, *rows, config=config)
+    gc.collect()
+    assert out.loss.requires_grad
+    engines = [x for x in gc.get_objects() if type(x) is nemo_kd.loss.eager.EagerEngine]
+    assert engines
+    assert not any(engine._memory for engine in engines)
 
 
 def test_a_row_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

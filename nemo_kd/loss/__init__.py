@@ -57,7 +57,7 @@ def vocab_parallel_kd_sft_loss(
         differentiable in the logits; `kd_loss` (T^2 in it), `sft_loss` and `metrics`, detached.
 
     Raises:
-        ValueError: see `prepare`.
+        ValueError: see `prepare`, and `engine_for` in fused.py.
 
     docs/loss.md has the collectives, the edges and the sources: Hinton et al., arXiv 1503.02531
     (T^2); Sparse Logit Sampling, arXiv 2503.16870 (tail "label"); Agarwal et al., arXiv 2306.13649.
@@ -110,7 +110,8 @@ def vocab_parallel_linear_kd_sft_loss(
         run once; `kd_loss`, `sft_loss` and `metrics`, `[S, B]` each, detached.
 
     Raises:
-        ValueError: see `prepare`; or token_weights has another shape, or logits_gather is "full".
+        ValueError: see `prepare` and `engine_for`; or token_weights has another shape, or
+            logits_gather is "full".
     """
     if config.logits_gather == "full":
         raise ValueError(

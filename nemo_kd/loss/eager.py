@@ -26,7 +26,9 @@ class EagerEngine:
 
     def __init__(self, logits: Tensor, dtype: torch.dtype, config: KDLossConfig, overwrites: bool):
         self.dtype, self.config = dtype, config
-        self.carries = overwrites and logits.dtype == dtype and config.temperature == 1
+        # The gradient has one exponential only: another would have no place.
+        has_one = config.temperature == 1 or config.tail == "renormalize"
+        self.carries = overwrites and logits.dtype == dtype and has_one
         self._memory: dict[str, Tensor] = {}
 
     def chunk_tokens(self, logits: Tensor) -> int:
@@ -71,6 +73,10 @@ class EagerEngine:
         work.scatter_add_(1, gradient.column, sparse)
         if work is not out:
             out.copy_(work)
+
+    def free(self) -> None:
+        """Gives the memory back; the next chunk allocates it again."""
+        self._memory.clear()
 
     def _without_entries(
         self, logits: Tensor, column: Tensor, foreign: Tensor, work: Tensor

@@ -54,6 +54,7 @@ class FusedLoss(torch.autograd.Function):
         if needs_grad:
             gradient = form(local.peak, student, classes, class_gradient, config)
             ctx.save_for_backward(logits, *gradient)
+        engine.free()  # many micro batches may be between forward and backward
         ctx.engine, ctx.inplace, ctx.overwrote = engine, inplace, False
         return loss, kd_loss, sft_loss, *student
 

@@ -45,6 +45,9 @@ class TritonEngine:
         """All tokens at once."""
         return max(1, logits.numel())
 
+    def free(self) -> None:
+        """Nothing is kept from one call to the next."""
+
     def measure(self, logits: Tensor, classes: Classes) -> Local:
         """This shard's statistics of `[n, Vp]`; at T = 1 both sums are one tensor."""
         num_tokens, vocab_size = logits.shape
