@@ -94,6 +94,8 @@ def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
         context.state.train_state.consumed_valid_samples = 0
 
     callbacks = CallbackManager()
+    # Bridge 0.3 makes the handler that its loop asks, and does not install it.
+    callbacks.register("on_train_start", lambda context: context.state.signal_handler.__enter__())
     callbacks.register("on_train_end", save)
     callbacks.register("on_eval_end", begin_anew)
     return callbacks
