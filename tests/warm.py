@@ -19,6 +19,10 @@ from unittest.mock import patch
 
 # Triton reads TRITON_INTERPRET when it is imported, which may be the server's doing.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+# The server finds import_bridge there: it does not get this process's sys.path.
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _NEMO = [f"nemo_kd.nemo.{name}" for name in ("dump", "train", "model", "hf_import", "hf_export")]
 # One environment has one host.

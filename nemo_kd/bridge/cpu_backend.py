@@ -115,9 +115,8 @@ class _Stream:
 
 
 def _answer_streams() -> None:
-    cuda: Any = torch.cuda
     for name in ("Stream", "current_stream", "stream"):
-        setattr(cuda, name, functools.partial(lambda *_, **__: _Stream()))
+        setattr(torch.cuda, name, functools.partial(lambda *_, **__: _Stream()))
 
 
 def _send_contiguous_shards() -> None:

@@ -16,6 +16,7 @@ from nemo_kd.bridge import cpu_backend
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start
+from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.values import set_fields
 
 _RANKS = ("tensor_model", "pipeline_model", "context")
@@ -69,10 +70,7 @@ def train_kd_sft(config: DictConfig) -> None:
 
 
 def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
-    """What Bridge calls between steps.
-
-    The student is saved when the training has ended: later, Bridge has no model parallel groups.
-    """
+    """What Bridge calls. Once it returns, it has no model parallel groups to save with."""
     from megatron.bridge.training.callbacks import CallbackManager
 
     def save(_: Any) -> None:
@@ -94,6 +92,8 @@ def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
         context.state.train_state.consumed_valid_samples = 0
 
     callbacks = CallbackManager()
+    # Bridge 0.3 makes the handler that its loop asks, and does not install it.
+    callbacks.register("on_train_start", lambda context: context.state.signal_handler.__enter__())
     callbacks.register("on_train_end", save)
     callbacks.register("on_eval_end", begin_anew)
     return callbacks
@@ -164,11 +164,11 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
         train_caches=list(config.dataset.train_caches),
         validation_caches=caches,
         seq_length=config.model.seq_length,
+        pad_seq_length_to_mult=padding_multiple(config.model),
         global_batch_size=train.global_batch_size,
         objective=distillation.at(0),
     )
-    lists = ("train_caches", "validation_caches")
-    set_fields(dataset, config.dataset, "dataset", leave_out=lists)
+    set_fields(dataset, config.dataset, "dataset", ("train_caches", "validation_caches"))
     on_gpu = config.device == "gpu"
     checkpoint = set_fields(bridge.CheckpointConfig(), config.checkpoint, "checkpoint")
     checkpoint.load = checkpoint.load or checkpoint.save  # a run resumes by the same command

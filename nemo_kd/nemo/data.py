@@ -30,8 +30,9 @@ from nemo_kd.nemo.dataset import GPTSFTKDDataset
 from nemo_kd.nemo.nemo_file import tokenizer_of
 from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
 from nemo_kd.nemo.resume import WholePassSampler
-from nemo_kd.nemo.sources import padding_multiple, rendered_dataset
+from nemo_kd.nemo.sources import rendered_dataset
 from nemo_kd.process import shield_workers
+from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.student.fit import check_fits
 
 

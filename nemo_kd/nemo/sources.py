@@ -14,6 +14,7 @@ from nemo_kd.chat.samples import index_directory, name_line_in_errors, renderer_
 from nemo_kd.config import DataConfig
 from nemo_kd.nemo.nemo_file import fingerprint_checkpoint, warn_of_missing_begin
 from nemo_kd.nemo.rendered import RenderedDataset
+from nemo_kd.student.dataset import padding_multiple
 
 # Keys of `teacher` that leave the logits as they are.
 _NOT_IN_FINGERPRINT = (
@@ -70,14 +71,6 @@ def rendered_dataset(
         get_attention_mask_from_fusion=True,
         **nemo_settings,
     )
-
-
-def padding_multiple(model: DictConfig) -> int:
-    """What NeMo's `_build_dataset` pads a batch's length to a multiple of."""
-    multiple = 16
-    if model.get("sequence_parallel", False):
-        multiple = 8 * model.get("tensor_model_parallel_size", 1)
-    return int(multiple * model.get("context_parallel_size", 1))
 
 
 def fingerprint_teacher(config: DictConfig) -> str:

@@ -100,3 +100,11 @@ def samples_mapping(dataset: Any, mapping_class: type) -> Any:
     if dataset.max_num_samples is None:
         return None
     return mapping_class(len(dataset.indexed_dataset), dataset.max_num_samples, seed=dataset.seed)
+
+
+def padding_multiple(model: Any) -> int:
+    """What a host pads a batch's length to a multiple of, by the parallel sizes of its config."""
+    multiple = 16
+    if model.get("sequence_parallel", False):
+        multiple = 8 * model.get("tensor_model_parallel_size", 1)
+    return int(multiple * model.get("context_parallel_size", 1))
