@@ -20,4 +20,4 @@ def test_the_nemo_host(wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
     assert found["cache"] == reference()["cache"]
     for size, curves in reference()["curves"].items():
         for name, values in curves.items():
-            np.testing.assert_allclose(found["curves"][size][name], values, rtol=1e-5)
+            np.testing.assert_allclose(found["curves"][size][name], values, rtol=1e-4)

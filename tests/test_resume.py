@@ -318,5 +318,5 @@ def test_a_target_that_cannot_be_written_is_refused_at_the_start(
     assert not list((tmp_path / "new").iterdir())
     (tmp_path / "student.nemo").write_bytes(b"x" * 5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1))
-    with pytest.raises(ValueError, match=re.escape("expected 0.005 GB free")):
+    with pytest.raises(ValueError, match=re.escape("expected 0.01 GB free")):
         check_target("kd.nemo", "student.nemo")

@@ -67,6 +67,7 @@ def format_of(paths: Sequence[str], template_keys: list[str]) -> str:
     """
     found: dict[str, str] = {}
     for path in paths:
+        _is_plain(path)  # it is there
         try:
             record = read_object(_first_line(path))
             found[path] = detect(record, template_keys)

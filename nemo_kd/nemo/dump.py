@@ -40,8 +40,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
             cache held stays.
     """
     data, selection, cache = check_settings(config)
-    data = with_found_format(data)
     stored = read_model_config(config.teacher.restore_from_path, "teacher.restore_from_path")
+    data = with_found_format(data)
     prepare_accelerator(config)
     teacher = _merge_teacher_config(config, stored, data)
     trainer = _start_megatron(config, teacher, data)
