@@ -27,12 +27,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import loss_gpu
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
+from loss_gpu import Inputs
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
@@ -45,19 +46,6 @@ from nemo_kd.loss import (
 
 K, HIDDEN_SIZE, SFT_LOSS_WEIGHT = 100, 576, 0.4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Inputs(NamedTuple):
-    """One micro batch; the loss is a masked mean, as in training, so that backward has weights."""
-
-    logits: Tensor
-    hidden: Tensor
-    output_weight: Tensor
-    labels: Tensor
-    log_probs: Tensor
-    ids: Tensor
-    tails: Tensor
-    weights: Tensor
 
 
 def make_inputs(num_tokens: int, vocab_size: int, dtype: torch.dtype, from_hidden: bool) -> Inputs:

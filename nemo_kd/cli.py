@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache, inspection
 from nemo_kd.cache.importing import read_samples
+from nemo_kd.cache.layout import MANIFEST_NAME
 from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
 
 CONF = Path(__file__).parent / "conf"
@@ -229,7 +230,7 @@ def _show(arguments: argparse.Namespace) -> int:
     quiet_host()
     tokenizer = read_tokenizer(arguments.tokenizer, "--tokenizer")
     decode, console = token_decoder(tokenizer), Console(highlight=False, soft_wrap=True)
-    if (Path(arguments.path) / "manifest.json").exists():
+    if (Path(arguments.path) / MANIFEST_NAME).exists():
         cache = TopKCache.open(arguments.path)
         for number in range(min(arguments.n, len(cache))):
             sample = cache[number]

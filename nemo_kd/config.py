@@ -15,6 +15,11 @@ from nemo_kd.selection import SelectionConfig
 # The formats of SFT data whose samples this package renders (nemo_kd/chat), and all formats.
 RENDERED = ("messages", "sharegpt", "alpaca", "prompt_completion")
 FORMATS = ("prompt", "nemo_chat", *RENDERED)
+# The settings of `data` that the hosts' datasets take under the same name.
+_OF_HOSTS = (
+    *("max_seq_length", "label_key", "answer_only_loss", "truncation_field", "truncation_method"),
+    *("add_bos", "add_eos", "add_sep", "sep_id"),
+)
 # The keys of NeMo's chat_prompt_tokens.
 _CHAT_TOKENS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
 
@@ -134,8 +139,10 @@ class DataConfig:
 
     @property
     def host_settings(self) -> dict[str, Any]:
-        """What a host's dataset must be given in another form, or asks for and never reads."""
-        return {"prompt_template": self.escaped_template, "min_seq_length": 1}
+        """What a host's GPTSFTDataset is given, by its own names."""
+        own = {name: getattr(self, name) for name in _OF_HOSTS}
+        # min_seq_length is asked for, and never read.
+        return own | {"prompt_template": self.escaped_template, "min_seq_length": 1}
 
     @property
     def escaped_template(self) -> str:

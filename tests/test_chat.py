@@ -235,7 +235,7 @@ def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "chat.jsonl", [good, record])
     data = DataConfig(file_names=(str(path),), chat=True)
     with pytest.raises(ValueError, match=r"chat.jsonl, line 2: ") as error:
-        check_lines(str(path), data, "data")
+        check_lines(str(path), data)
     assert message in str(error.value)
 
 

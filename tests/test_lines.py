@@ -15,7 +15,7 @@ GOOD = b'{"input": "a", "output": "b"}\n'
 
 
 def check(path: Path, **settings: Any) -> int:
-    return check_lines(str(path), DataConfig(file_names=(str(path),), **settings), "data")
+    return check_lines(str(path), DataConfig(file_names=(str(path),), **settings))
 
 
 def line(value: object) -> bytes:

@@ -138,7 +138,8 @@ class Blend(Dataset[Any]):
     def __init__(
         self, paths: list[str], weights: list[float] | None, num_samples: int, make: Any
     ) -> None:
-        shares = np.array(weights or [1.0] * len(paths)) / sum(weights or [1.0] * len(paths))
+        shares = np.array(weights or [1.0] * len(paths), dtype=np.float64)
+        shares /= shares.sum()
         self._cache_of = np.zeros(num_samples, dtype=np.int16)
         self._number_in = np.zeros(num_samples, dtype=np.int64)
         helpers_cpp.build_blending_indices(

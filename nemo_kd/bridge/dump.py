@@ -33,11 +33,6 @@ _NOT_IN_FINGERPRINT = (
     *("hf_path", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("expert_model_parallel_size", "sequence_parallel"),
 )
-# The settings of `data` that Bridge's datasets take under the same name.
-_HOST_SETTINGS = (
-    *("max_seq_length", "label_key", "answer_only_loss", "truncation_field", "truncation_method"),
-    *("add_bos", "add_eos", "add_sep", "sep_id"),
-)
 
 
 def dump_teacher_topk(config: DictConfig) -> None:
@@ -107,20 +102,18 @@ def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile]) ->
     from nemo_kd.bridge.dataset import RenderedDataset
 
     directory = index_directory(data.index_mapping_dir, sources)
-    settings = {name: getattr(data, name) for name in _HOST_SETTINGS} | data.host_settings
-    settings |= {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
+    index = {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
+    settings = data.host_settings | index
     renderer = renderer_of(data, tokenizer)
+    kind = GPTSFTChatDataset if data.chat else GPTSFTDataset
     datasets = []
     for path in data.file_names:
-        file = Path(as_jsonl(path, directory))
+        file = as_jsonl(path, directory)
         if renderer is not None:
-            dataset = RenderedDataset(str(file), tokenizer, renderer, data.format, **settings)
-        elif data.chat:
-            tokens = data.chat_prompt_tokens
-            dataset = GPTSFTChatDataset(str(file), tokenizer, special_tokens=tokens, **settings)
-            name_line_in_errors(dataset)
+            dataset = RenderedDataset(file, tokenizer, renderer, data.format, **settings)
         else:
-            dataset = GPTSFTDataset(str(file), tokenizer, **settings)
+            tokens = data.chat_prompt_tokens
+            dataset = kind(file, tokenizer, special_tokens=tokens, **settings)
             name_line_in_errors(dataset)
         datasets.append(dataset)
     return ConcatDataset(datasets)

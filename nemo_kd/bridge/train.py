@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 from nemo_kd.bridge import cpu_backend
+from nemo_kd.cache.layout import MANIFEST_NAME
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start
@@ -56,16 +57,10 @@ def train_kd_sft(config: DictConfig) -> None:
         pretrain(container, step, callbacks=_callbacks(step, bridge, config.save_hf))
     except SystemExit:  # Bridge has saved a checkpoint and ends the process
         if step.state is not None and any(step.state.signal_handler.signals_received()):
-            exit_stopped(
-                "stopped by SIGTERM; the same command "
-                + (
-                    "resumes from the last checkpoint"
-                    if container.checkpoint.save
-                    else "begins anew"
-                )
-                if rank() == 0
-                else None
-            )
+            saved = container.checkpoint.save is not None
+            advice = "resumes from the last checkpoint" if saved else "begins anew"
+            message = f"stopped by SIGTERM; the same command {advice}"
+            exit_stopped(message if rank() == 0 else None)
         raise
 
 
@@ -112,7 +107,7 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
         if not isinstance(config.dataset[key], ListConfig):
             raise ValueError(f"dataset.{key}: expected a list [...], got {config.dataset[key]!r}")
         for path in config.dataset[key]:
-            if not (Path(path) / "manifest.json").is_file():
+            if not (Path(path) / MANIFEST_NAME).is_file():
                 raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
     if not config.dataset.train_caches:
         raise ValueError("dataset.train_caches: expected cache directories, got none")

@@ -22,6 +22,12 @@ def is_dataset_directory(path: str | Path) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+def require(path: str) -> None:
+    """Raise a ValueError if there is no such file or directory."""
+    if not os.path.exists(path):
+        raise ValueError(f"data.file_names: expected files, found no {path}")
+
+
 def as_jsonl(path: str, directory: str) -> str:
     """A plain jsonl with the samples of `path`: the file itself, or one made in `directory`.
 
@@ -35,6 +41,7 @@ def as_jsonl(path: str, directory: str) -> str:
     Raises:
         ValueError: There is no such file, or it cannot be read.
     """
+    require(path)
     if _is_plain(path):
         return path
     place = xxhash.xxh3_64_hexdigest(os.path.abspath(path).encode())  # two may have one name
@@ -67,10 +74,9 @@ def format_of(paths: Sequence[str], template_keys: list[str]) -> str:
     """
     found: dict[str, str] = {}
     for path in paths:
-        _is_plain(path)  # it is there
+        line = _first_line(path)
         try:
-            record = read_object(_first_line(path))
-            found[path] = detect(record, template_keys)
+            found[path] = detect(read_object(line), template_keys)
         except ValueError as error:
             raise ValueError(f"{path}, line 1: {error}") from error
     kinds = set(found.values())
@@ -87,9 +93,9 @@ def _first_line(path: str) -> bytes:
         with open(path, "rb") as file:
             line = file.readline()
     else:
-        raise ValueError("expected samples, found an empty file")
+        raise ValueError(f"{path}: expected samples, found an empty file")
     if not line.strip(b"\n"):
-        raise ValueError("expected a JSON object, got an empty line")
+        raise ValueError(f"{path}, line 1: expected a JSON object, got an empty line")
     return line
 
 
@@ -116,8 +122,6 @@ def read_object(line: bytes) -> dict[str, Any]:
 
 
 def _is_plain(path: str) -> bool:
-    if not os.path.exists(path):
-        raise ValueError(f"data.file_names: expected files, found no {path}")
     return os.path.isfile(path) and not path.endswith((*_COMPRESSED, ".parquet"))
 
 

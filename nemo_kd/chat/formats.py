@@ -105,7 +105,7 @@ def _sharegpt(record: dict[str, Any]) -> tuple[Conversation, set[str]]:
     turns = _list_of(record, "conversations")
     messages: list[dict[str, Any]] = []
     if system := record.get("system"):
-        messages.append({"role": "system", "content": _text(system, "system")})
+        messages.append({"role": "system", "content": checked_text(system, "system")})
     for number, turn in enumerate(turns, 1):
         speaker = turn.get("from")
         if speaker not in (*_SPEAKERS, "function_call"):
@@ -113,7 +113,7 @@ def _sharegpt(record: dict[str, Any]) -> tuple[Conversation, set[str]]:
                 f"turn {number}: expected from to be one of {', '.join(_SPEAKERS)}, "
                 f"function_call, got {speaker!r:.60}"
             )
-        text = _text(turn.get("value"), "value", number)
+        text = checked_text(turn.get("value"), "value", number)
         if speaker == "function_call":
             call = {"type": "function", "function": _function(_json(text, number), number)}
             message = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -124,15 +124,15 @@ def _sharegpt(record: dict[str, Any]) -> tuple[Conversation, set[str]]:
 
 
 def _alpaca(record: dict[str, Any]) -> tuple[Conversation, set[str]]:
-    question = _text(record.get("instruction"), "instruction")
+    question = checked_text(record.get("instruction"), "instruction")
     if more := record.get("input"):
-        question += "\n\n" + _text(more, "input")
+        question += "\n\n" + checked_text(more, "input")
     messages = [
         {"role": "user", "content": question},
-        {"role": "assistant", "content": _text(record.get("output"), "output")},
+        {"role": "assistant", "content": checked_text(record.get("output"), "output")},
     ]
     if system := record.get("system"):
-        messages.insert(0, {"role": "system", "content": _text(system, "system")})
+        messages.insert(0, {"role": "system", "content": checked_text(system, "system")})
     return _conversation(messages), {"instruction", "input", "output", "system"}
 
 
@@ -145,7 +145,7 @@ def _prompt_completion(record: dict[str, Any]) -> tuple[Conversation, set[str]]:
         whole = _conversation(messages, _tools(record))
         learnt = [is_learnt and i >= len(context) for i, is_learnt in enumerate(whole.learnt)]
         return whole._replace(learnt=tuple(learnt)), read
-    texts = _text(prompt, "prompt"), _text(completion, "completion")
+    texts = checked_text(prompt, "prompt"), checked_text(completion, "completion")
     return Conversation([], prompt=texts[0], completion=texts[1]), read
 
 
@@ -177,7 +177,7 @@ def _message_list(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
     """A message as chat templates take it: content is a text, arguments of a call an object."""
     message = {key: value for key, value in turn.items() if value is not None}
-    _text(message.get("role"), "role", number)
+    checked_text(message.get("role"), "role", number)
     if "function_call" in message:  # how OpenAI wrote a call before tool_calls
         call = {"type": "function", "function": message.pop("function_call")}
         message["tool_calls"] = [*message.get("tool_calls", []), call]
@@ -188,10 +188,10 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
             raise ValueError(
                 f"turn {number}: expected only parts of type text, got {content!r:.60}"
             )
-        content = "".join(_text(part.get("text"), "text", number) for part in parts)
+        content = "".join(checked_text(part.get("text"), "text", number) for part in parts)
     if content is None and calls:
         content = ""
-    message["content"] = _text(content, "content", number)
+    message["content"] = checked_text(content, "content", number)
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ValueError(f"turn {number}: expected tool_calls to be a list, got {calls!r:.60}")
@@ -241,7 +241,16 @@ def _json(text: str, number: int) -> Any:
         ) from error
 
 
-def _text(value: Any, key: str, number: int | None = None) -> str:
+def checked_text(value: Any, key: str, number: int | None = None) -> str:
+    """The value, a text that a tokenizer can encode.
+
+    Args:
+        value: Of a line.
+        key: Its key, and `number` that of its turn, counted from 1, for the error.
+
+    Raises:
+        ValueError: It is another type, or has half a character.
+    """
     where = "" if number is None else f"turn {number}: "
     if not isinstance(value, str):
         raise ValueError(f"{where}expected a text as {key}, got {json.dumps(value):.60}")

@@ -1,6 +1,5 @@
 """Checks each line of a jsonl before a model is read: it must be what NeMo's datasets take."""
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_kd.chat.files import read_object
-from nemo_kd.chat.formats import read_conversation
+from nemo_kd.chat.formats import checked_text, read_conversation
 from nemo_kd.chat.render import Renderer
 from nemo_kd.config import DataConfig
 from nemo_kd.process import say
@@ -18,7 +17,7 @@ _CHAT_KEYS = ("system", "conversations", "mask", "type")
 _TURN_KEYS = ("from", "value")
 
 
-def check_lines(path: str, data: DataConfig, section: str, renderer: Renderer | None = None) -> int:
+def check_lines(path: str, data: DataConfig, renderer: Renderer | None = None) -> int:
     """Read a jsonl once; each line must be a JSON object that gives one of `data`'s samples.
 
     Warns of keys that nothing reads.
@@ -26,7 +25,6 @@ def check_lines(path: str, data: DataConfig, section: str, renderer: Renderer | 
     Args:
         path: The file.
         data: The settings that its samples are made with.
-        section: Their place in the YAML, for the errors.
         renderer: Of the samples, if their format is one that this package renders.
 
     Returns:
@@ -35,8 +33,6 @@ def check_lines(path: str, data: DataConfig, section: str, renderer: Renderer | 
     Raises:
         ValueError: A line is no such object, or there is none; names the file and the line.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{section}.file_names: expected jsonl files, found no {path}")
     if not os.path.getsize(path):
         raise ValueError(f"{path}: expected samples, found an empty file")
     unread: set[str] = set()
@@ -89,7 +85,7 @@ def _check_fields(record: dict[str, Any], data: DataConfig) -> set[str]:
     remedy = "mend the line, or set prompt_template and label_key to the file's keys"
     _refuse_missing(record, data.keys, remedy)
     for key in data.keys:
-        _check_text(record[key], key)
+        checked_text(record[key], key)
     return record.keys() - data.keys
 
 
@@ -97,7 +93,7 @@ def _check_conversation(record: dict[str, Any]) -> set[str]:
     """Check what NeMo's chat dataset takes of a line, and return the other keys."""
     _refuse_missing(record, ("system", "conversations"), "NeMo's chat format has both")
     turns, masked, kind = record["conversations"], record.get("mask", "User"), record.get("type")
-    _check_text(record["system"], "system")
+    checked_text(record["system"], "system")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
         raise ValueError(
             f"expected a type of VALUE_TO_TEXT or TEXT_TO_VALUE, or none, got {kind!r:.60}"
@@ -128,9 +124,9 @@ def _check_turn(turn: Any, has_labels: bool) -> set[str]:
         raise ValueError(f"expected an object with from and value, got {turn!r:.60}")
     _refuse_missing(turn, _TURN_KEYS, "NeMo's chat format has both")
     for key in _TURN_KEYS:
-        _check_text(turn[key], key)
+        checked_text(turn[key], key)
     if has_labels and turn.get("label") is not None:
-        _check_text(turn["label"], "label")
+        checked_text(turn["label"], "label")
     return turn.keys() - _TURN_KEYS - ({"label"} if has_labels or not turn.get("label") else set())
 
 
@@ -139,18 +135,6 @@ def _refuse_missing(record: dict[str, Any], keys: Any, remedy: str) -> None:
         raise ValueError(
             f"expected the keys {', '.join(keys)}, found no {', '.join(missing)}; {remedy}"
         )
-
-
-def _check_text(value: Any, key: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a text as {key}, got {json.dumps(value):.60}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"expected whole characters in {key}, got {value[error.start]!r}, one half of a "
-            "surrogate pair, which no tokenizer can encode"
-        ) from error
 
 
 def check_tokens(data: DataConfig, tokenizer: Any, section: str) -> None:

@@ -15,7 +15,7 @@ import xxhash
 
 from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
-from nemo_kd.chat.files import format_of
+from nemo_kd.chat.files import format_of, require
 from nemo_kd.chat.formats import read_conversation
 from nemo_kd.chat.render import Renderer, template_of
 from nemo_kd.config import DataConfig
@@ -28,6 +28,8 @@ def with_found_format(data: DataConfig) -> DataConfig:
     Raises:
         ValueError: A file is not there, or has no known format.
     """
+    for path in data.file_names:
+        require(path)
     if data.chat:
         return data.with_format("nemo_chat")
     if data.format != "auto":
@@ -106,13 +108,14 @@ def renderer_of(data: DataConfig, tokenizer: Any) -> Renderer | None:
     if not data.is_rendered:
         return None
     own = getattr(tokenizer, "tokenizer", None)
-    is_plain = data.format == "prompt_completion" and not getattr(own, "chat_template", None)
+    template = None
+    has_template = data.chat_template or getattr(own, "chat_template", None)
+    if has_template or data.format != "prompt_completion":  # whose samples may be plain texts
+        template = template_of(own, data.chat_template)
     return Renderer(
         own,
         max_tokens=data.max_seq_length + 1,  # the last one is only predicted
-        template=None
-        if is_plain and not data.chat_template
-        else template_of(own, data.chat_template),
+        template=template,
         template_kwargs=data.chat_template_kwargs,
         train_on=data.train_on,
         add_eos=data.add_eos,

@@ -31,20 +31,6 @@ from nemo_kd.config import DataConfig, read_settings
 from nemo_kd.nemo.nemo_file import read_tokenizer
 from nemo_kd.nemo.sources import rendered_dataset
 
-# The settings of `data` that NeMo's datasets take under the same name.
-_SETTINGS = (
-    "max_seq_length",
-    "prompt_template",
-    "label_key",
-    "truncation_field",
-    "truncation_method",
-    "answer_only_loss",
-    "add_bos",
-    "add_eos",
-    "add_sep",
-    "sep_id",
-)
-
 
 def differences(
     cache: TopKCache, files: list[str], tokenizer_path: Path, chat_template: str | None = None
@@ -117,7 +103,7 @@ def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tupl
     data = with_found_format(read_settings(DataConfig, settings, "data"))
     renderer = renderer_of(data, tokenizer)
     with TemporaryDirectory() as index_dir:
-        check_lines(as_jsonl(path, index_dir), data, "data", renderer)
+        check_lines(as_jsonl(path, index_dir), data, renderer)
         samples = _samples(data, tokenizer, renderer, index_dir)
         for number in range(len(samples)):
             yield cut_sample(samples[number], samples.datasets[0])
@@ -147,7 +133,7 @@ def _samples(
             tokenizer,
             special_tokens=data.chat_prompt_tokens,
             index_mapping_dir=index_dir,
-            **({name: getattr(data, name) for name in _SETTINGS} | data.host_settings),
+            **data.host_settings,
         )
         for file in files
     )

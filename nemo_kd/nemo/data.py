@@ -75,7 +75,7 @@ def check_files(model: DictConfig) -> None:
                 settings = file_settings(path, data, model)
                 file = as_jsonl(path, _index_directory(path, settings))
                 renderer = renderer_of(settings, tokenizer)
-                check_lines(file, settings, "model.data.validation_ds", renderer)
+                check_lines(file, settings, renderer)
                 check_tokens(settings, tokenizer, "model.data.validation_ds")
 
 

@@ -59,7 +59,7 @@ def plan_cache(
     sources = tuple(map(fingerprint_source, data.file_names))
     directory = index_directory(data.index_mapping_dir, sources)
     num_samples = sum(
-        check_lines(as_jsonl(path, directory), data, "data", renderer) for path in data.file_names
+        check_lines(as_jsonl(path, directory), data, renderer) for path in data.file_names
     )
     check_tokens(data, tokenizer, "data")
     manifest = Manifest(
