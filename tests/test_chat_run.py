@@ -74,7 +74,8 @@ def test_a_file_becomes_a_cache_that_trains(
     logs = tmp_path / "logs"
     validation = [f"model.data.validation_ds.chat_template={template}"]
     train = train_arguments(nemos["tied"], cache, file, logs, *validation)
-    run_example("train_kd_sft.py", *train)
+    output = run_example("train_kd_sft.py", *train)
+    assert output.count(f"{file}: the format is {kind}, by the first line") == 1
     curves = scalars(logs)
     assert curves["kd_loss"][-1] < curves["kd_loss"][0]
     # The set is the training data: its cross entropy falls with that of the training.

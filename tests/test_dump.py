@@ -247,6 +247,10 @@ BAD = {
     "an empty file": (["data.file_names=[empty.jsonl]"], "found an empty file"),
     "another teacher": (["+teacher.rotary_base=5000"], "teacher_fingerprint"),
     "no such file": (["data.file_names=[nowhere.jsonl]"], "found no nowhere.jsonl"),
+    "no such file of a given format": (
+        ["data.file_names=[nowhere.jsonl]", "data.format=prompt"],
+        "data.file_names: expected files, found no nowhere.jsonl",
+    ),
     "not JSON": (["data.file_names=[broken.jsonl]"], "broken.jsonl, line 2: not JSON"),
     "a key is missing": (["data.file_names=[keyless.jsonl]"], "keyless.jsonl, line 2: expected"),
     "k above the vocabulary": (

@@ -19,11 +19,15 @@ from nemo_kd.chat.files import format_of, require
 from nemo_kd.chat.formats import read_conversation
 from nemo_kd.chat.render import Renderer, template_of
 from nemo_kd.config import DataConfig
-from nemo_kd.process import rank, say
+from nemo_kd.process import say
 
 
-def with_found_format(data: DataConfig) -> DataConfig:
+def with_found_format(data: DataConfig, says: bool = True) -> DataConfig:
     """`data` with the format of its files, which with "auto" is found by their first lines.
+
+    Args:
+        data: The settings.
+        says: Whether to say what was found.
 
     Raises:
         ValueError: A file is not there, or has no known format.
@@ -35,7 +39,7 @@ def with_found_format(data: DataConfig) -> DataConfig:
     if data.format != "auto":
         return data.with_format(data.format)
     found = format_of(data.file_names, data.keys)
-    if found != "prompt" and rank() == 0:
+    if says and found != "prompt":
         say(f"{', '.join(data.file_names)}: the format is {found}, by the first line")
     return data.with_format(found)
 

@@ -72,20 +72,21 @@ def check_files(model: DictConfig) -> None:
                     max_seq_length=data.max_seq_length,
                 )
             else:
-                settings = file_settings(path, data, model)
+                settings = file_settings(path, data, model, says=True)
                 file = as_jsonl(path, _index_directory(path, settings))
                 renderer = renderer_of(settings, tokenizer)
                 check_lines(file, settings, renderer)
                 check_tokens(settings, tokenizer, "model.data.validation_ds")
 
 
-def file_settings(path: str, data: DictConfig, model: DictConfig) -> DataConfig:
+def file_settings(path: str, data: DictConfig, model: DictConfig, says: bool = False) -> DataConfig:
     """What the samples of a validation file are made with.
 
     Args:
         path: The file.
         data: `model.data.validation_ds`.
         model: The model's config.
+        says: Whether to say the format that was found.
 
     Raises:
         ValueError: A setting does not fit, or the file has no known format.
@@ -98,7 +99,7 @@ def file_settings(path: str, data: DictConfig, model: DictConfig) -> DataConfig:
         own | chat | {"file_names": [path], "sep_id": model.sep_id},
         "model.data.validation_ds",
     )
-    found = with_found_format(settings)
+    found = with_found_format(settings, says)
     if found.chat and not model.data.chat:
         raise ValueError(
             f"model.data.chat: expected true for the validation file {path}, which is in NeMo's "
