@@ -198,7 +198,7 @@ def _train_and_save(config: DictConfig, trainer: Any, model: Any, validates: boo
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)
-        has_checkpoints = trainer.checkpoint_callback is not None
-        save_nemo(model, config.save_to, _AFTER_TRAINING if has_checkpoints else "")
+        resumes = trainer.checkpoint_callback is not None and config.exp_manager.resume_if_exists
+        save_nemo(model, config.save_to, _AFTER_TRAINING if resumes else "")
     if torch.distributed.get_rank() == 0:
         print(summary.report(trainer, config.save_to))
