@@ -243,7 +243,7 @@ def _draw(
     ids = all_reduce_sum(torch.where((targets >= 0) & (targets < own), ids, 0), tp_group)
     ids, counts = (part[:, :vocab_size] for part in _count(ids))
     log_probs = (counts.double() / config.num_draws).log().float()
-    log_probs[~top.isfinite()] = torch.nan
+    log_probs.masked_fill_(~top.isfinite()[:, None], torch.nan)
     return TeacherRows(ids.int(), log_probs, log_probs.new_full((len(ids),), -torch.inf))
 
 

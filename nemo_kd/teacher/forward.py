@@ -140,8 +140,8 @@ class Teacher:
         states = hidden.flatten(0, 1).index_select(0, self._positions)
         project = self._projection(states, weight, more)
         num_columns = len(self._layer.weight if weight is None else weight)
-        device = self._device.type
-        num_tokens = max(1, _LOGITS_BYTES.get(device, _LOGITS_BYTES["cuda"]) // (4 * num_columns))
+        num_bytes = _LOGITS_BYTES.get(states.device.type, _LOGITS_BYTES["cuda"])
+        num_tokens = max(1, num_bytes // (4 * num_columns))
         parts = [
             select_teacher_rows(
                 project(chunk), self.selection, self.vocab_size, self.tp_group, keys
@@ -160,7 +160,7 @@ class Teacher:
         if type(layer) is not ColumnParallelLinear or layer.bias is not None:
             # It does more than a product, such as Gemma 2's cap of the logits.
             return lambda chunk: self._layer_forward(chunk[:, None], weight=weight, **more)[0][:, 0]
-        device = states.device.type
+        device = self._device.type
         dtype = states.dtype
         if torch.is_autocast_enabled(device):  # as it would have cast the output layer's input
             dtype = torch.get_autocast_dtype(device)
