@@ -30,8 +30,8 @@ CONF = Path(__file__).parent / "conf"
 RUNS = {
     "dump": ("dump_teacher_topk", "dump", "run the teacher once: a cache of its top-K"),
     "train": ("train_kd_sft", "train", "train a student on a cache"),
-    "import-hf": ("import_hf_llama", "hf_import", "turn a Hugging Face checkpoint into a .nemo"),
-    "export-hf": ("export_hf_llama", "hf_export", "turn a .nemo into a Hugging Face checkpoint"),
+    "import-hf": ("import_hf_llama", "hf.importer", "turn a Hugging Face checkpoint into a .nemo"),
+    "export-hf": ("export_hf_llama", "hf.exporter", "turn a .nemo into a Hugging Face checkpoint"),
 }
 
 
