@@ -17,7 +17,7 @@ from safetensors import safe_open
 from nemo_kd.cache import TopKCache
 from nemo_kd.nemo.hf.exporter import kept_fields
 from nemo_kd.nemo.hf.families import LLAMA, family_of_nemo
-from nemo_kd.nemo.nemo_file import read_model_config
+from nemo_kd.nemo.nemo_file import load_weights, read_model_config
 
 CONFIG = (  # the settings that the model's outputs depend on
     "vocab_size",
@@ -260,6 +260,26 @@ def test_dump_and_train(
     config = read_model_config(str(save_to), "source")
     assert config.get("bias_activation_fusion", True) == (student == "qwen3")
     assert config.get("name", "") == ("decoder_block_gpt" if student == "qwen3" else "")
+
+
+def test_norms_of_q_and_k_learn_from_all_heads(
+    more_nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """NeMo leaves each rank with the gradient of its own heads."""
+    weights = []
+    for size in (1, 2):
+        save_to = tmp_path / f"{size}.nemo"
+        run_example(
+            "train_kd_sft.py",
+            *train_arguments(more_nemos["qwen3"], cache, cache, tmp_path / f"logs-{size}"),
+            f"model.tensor_model_parallel_size={size}",
+            *("model.optim.lr=1e-2", "trainer.max_steps=2", f"save_to={save_to}"),
+            processes=size,
+        )
+        weights.append(load_weights(str(save_to), str(tmp_path)))
+    one, two = weights
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,14 @@
 """The student: NeMo's SFT model with the distillation loss in the place of its cross entropy."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
@@ -29,6 +27,11 @@ from nemo_kd.nemo.data import (
     training_blend,
 )
 from nemo_kd.nemo.nemo_file import warn_of_missing_begin
+from nemo_kd.nemo.parallel import (
+    means_on_every_rank,
+    schedule_multiplies_by_context_size,
+    sum_gradients_of_qk_norms,
+)
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.terms import (
     KD_TERMS,
@@ -92,6 +95,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
         model = super().model_provider_func(pre_process, post_process)
+        summed = self.use_mcore_dist_optim or self.cfg.get("sequence_parallel", False)
+        if not summed:
+            sum_gradients_of_qk_norms(model)
         if post_process:
             cross_entropy = model.compute_language_model_loss
             model.compute_language_model_loss = partial(self._token_losses, cross_entropy)
@@ -322,26 +328,3 @@ def slice_packed_rows(micro_batch: MicroBatch) -> None:
     micro_batch.rows = {
         name: value.index_select(1, index) for name, value in micro_batch.rows.items()
     }
-
-
-def means_on_every_rank(terms: MeanTerms) -> tuple[dict[str, Tensor], Tensor]:
-    """Means of a step or a validation set over all replicas, in Megatron's groups; their weight."""
-    has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
-    return terms.means(
-        parallel_state.get_data_parallel_group(),
-        device=torch.cuda.current_device(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group() if has_stages else None,
-        last_stage_rank=(
-            parallel_state.get_pipeline_model_parallel_last_rank() if has_stages else None
-        ),
-    )
-
-
-@cache
-def schedule_multiplies_by_context_size() -> bool:
-    """Whether Megatron Core's schedule multiplies a loss by the context-parallel size.
-
-    It does in 0.12 and 0.13, by `output_tensor *= ...` in forward_step. Read off the source: no
-    argument or attribute tells, and a version number would have to be guessed for other releases.
-    """
-    return "output_tensor *=" in inspect.getsource(schedules.forward_step)
