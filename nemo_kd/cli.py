@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache, inspection
 from nemo_kd.cache.importing import read_samples
 from nemo_kd.cache.layout import MANIFEST_NAME
-from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint, vocabulary_of
 
 CONF = Path(__file__).parent / "conf"
 # Command: its YAML in CONF, which also names the function; the module of nemo_kd.nemo; help.
@@ -299,6 +299,7 @@ def _import(arguments: argparse.Namespace) -> int:
         selection={"kind": "top_k", "k": arguments.k, "temperature": arguments.temperature},
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary=vocabulary_of(tokenizer),
         teacher_fingerprint=arguments.teacher,
         sources=tuple(fingerprint_file(file) for file in arguments.files),
         # What the student's dataset reads of it. Nothing else is known of how the tokens were made.
