@@ -38,7 +38,8 @@ from nemo_kd.student.terms import (
     SFT_TERMS,
     MeanTerms,
     micro_batch_means,
-    micro_batch_share,
+    micro_batch_weight,
+    share_of_weight,
     token_terms,
 )
 
@@ -87,7 +88,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._validating = False
         self._micro_batch = MicroBatch(rows={})  # the one in the forward pass
         self._terms = MeanTerms()  # of the global batch
-        self._micro_batch_share: Tensor | float = 1.0
+        self._share_of_weight: Tensor | float = 1.0
         self._validation_terms: defaultdict[int, MeanTerms] = defaultdict(MeanTerms)
 
     # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
@@ -242,27 +243,35 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             num_tokens,
             parallel_state.get_context_parallel_group() if context_size > 1 else None,
         )
-        weight = num_valid_tokens_in_ub
-        if not self._validating or self.validation_drop_last or self.sample_weight == "constant":
-            weight = weight.clamp(max=1)
+        weight = micro_batch_weight(num_valid_tokens_in_ub, self._reduction())
         self._terms.add(means, weight)
         if output_tensor.dim() == 0:  # the fused loss is the micro batch's already
             loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
         if not self._validating:
-            loss = loss * self._micro_batch_share
+            loss = loss * self._share_of_weight * weight
         if context_size > 1 and loss.requires_grad and schedule_multiplies_by_context_size():
             # NeMo multiplies what is returned here by the CP size, which the mean of the gradients
             # over DP x CP takes back; the schedule multiplies it once more.
             loss.register_hook(lambda gradient: gradient / context_size)
         return loss
 
+    def _reduction(self) -> str:
+        """How the micro batches of the step or the validation at hand weigh."""
+        if not self._validating:
+            return str(self.cfg.get("loss_reduction", "micro_batch"))
+        if self.validation_drop_last or self.sample_weight == "constant":
+            return "micro_batch"
+        return "token"
+
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         batch, _, _ = next(dataloader_iter)  # as NeMo's fwd_bwd_step would take it
         self.consumed.add(batch)
-        self._micro_batch_share = micro_batch_share(
+        self._validating = forward_only
+        self._share_of_weight = share_of_weight(
             batch["loss_mask"].to(torch.cuda.current_device()),
             get_num_microbatches(),
+            self._reduction(),
             parallel_state.get_data_parallel_group(),
         )
         return super().training_step_fwd_bwd_step_call(iter([batch]), forward_only)
