@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 
 from nemo_kd.bridge.models import tokenizer_config
 from nemo_kd.cache import TopKCache
-from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat.samples import RenderedSamples
 from nemo_kd.loss import KDLossConfig
+from nemo_kd.process import say
 from nemo_kd.student.dataset import CacheSamples
 from nemo_kd.student.fit import check_fits
+from nemo_kd.student.vocabulary import check_lacking
 
 
 class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
@@ -118,13 +119,10 @@ def check_caches(dataset: KDCaches, hf_path: str) -> None:
     dataset.check()
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
     for path in (*dataset.train_caches, *dataset.validation_caches):
-        check_fits(
-            TopKCache.open(path),
-            dataset.objective,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            max_seq_length=dataset.seq_length,
-        )
+        cache, length = TopKCache.open(path), dataset.seq_length
+        ids = check_fits(cache, dataset.objective, tokenizer=tokenizer, max_seq_length=length)
+        if line := check_lacking(cache, ids):
+            say(line)
 
 
 def num_validation_steps(caches: list[str], global_batch_size: int) -> int:

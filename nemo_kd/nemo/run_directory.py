@@ -55,6 +55,8 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     caches = [TopKCache(path).manifest.fingerprint for path in data["file_names"]]
     shown = {
         "knowledge_distillation": {k: v for k, v in objective.items() if k not in _SHAPES_NOTHING},
+        # None as in the runs of releases that did not have it.
+        "loss_reduction": "token" if model.get("loss_reduction") == "token" else None,
         "optim": model["optim"],
         "peft": model.get("peft", {}),
         "data.train_ds": {"file_names": caches, **{k: data.get(k) for k in _SHAPES_DATA}},
