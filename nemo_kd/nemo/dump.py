@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.chat.samples import with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
 from nemo_kd.nemo.integrity import restore_model
-from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import read_model_config, tokenizer_of
 from nemo_kd.nemo.sources import build_samples, fingerprint_teacher
 from nemo_kd.nemo.trainer import (

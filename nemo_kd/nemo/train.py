@@ -8,10 +8,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import report_short_fields
 from nemo_kd.nemo.integrity import restore_model
-from nemo_kd.nemo.layout import check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo.nemo_file import check_target, read_model_config, save_nemo
 from nemo_kd.nemo.trainer import (
     build_trainer,
