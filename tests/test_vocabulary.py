@@ -12,6 +12,8 @@ from conftest import save_llama
 from runs import dump_arguments, run_example, scalars, train_arguments, write_jsonl
 
 from nemo_kd.cache import CacheWriter, Sample, TopKCache
+from nemo_kd.loss import KDLossConfig
+from nemo_kd.student.rows import sample_rows
 from nemo_kd.student.vocabulary import check_lacking, student_ids, with_student_ids
 
 TEACHERS = ["<|a|>", "<|b|>", "<|c|>"]  # ids 401, 402 and 403
@@ -24,15 +26,28 @@ def with_tokens(tokenizer: Any, names: list[str]) -> Any:
     return more
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> dict[str, Path]:
+def save_models(directory: Path, hf_tokenizer: Any, num_rows: int | None) -> dict[str, Path]:
     """A teacher and a student with added tokens of their own, as Hugging Face has them."""
     paths = {}
     for name, layers, names in (("teacher", 3, TEACHERS), ("student", 2, STUDENTS)):
-        paths[name] = tmp_path_factory.mktemp("hf") / name
+        paths[name] = directory / name
         tokenizer = with_tokens(hf_tokenizer, names)
-        save_llama(paths[name], tokenizer, False, layers, len(tokenizer))
+        save_llama(paths[name], tokenizer, False, layers, num_rows or len(tokenizer))
     return paths
+
+
+def write_data(path: Path) -> Path:
+    """Samples with <|c|>, which the student has under another id."""
+    records = [
+        {"input": "the student learns " * (1 + i), "output": f"from <|c|> the teacher {i}"}
+        for i in range(6)
+    ]
+    return write_jsonl(path, records)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> dict[str, Path]:
+    return save_models(tmp_path_factory.mktemp("hf"), hf_tokenizer, None)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +60,9 @@ def own_nemos(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def own_cache(own_nemos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The teacher's rows of data that has <|c|>, which the student has under another id."""
+    """The teacher's rows."""
     directory = tmp_path_factory.mktemp("data")
-    records = [
-        {"input": "the student learns " * (1 + i), "output": f"from <|c|> the teacher {i}"}
-        for i in range(6)
-    ]
-    jsonl = write_jsonl(directory / "train.jsonl", records)
+    jsonl = write_data(directory / "train.jsonl")
     arguments = dump_arguments(own_nemos["teacher"], jsonl, directory / "cache")
     run_example("dump_teacher_topk.py", *arguments, "selection.k=64")
     return directory / "cache"
@@ -140,6 +151,25 @@ def test_data_with_a_token_that_the_student_lacks_is_refused(
     assert ids is not None
     with pytest.raises(ValueError, match="lacks token 401 of the sample"):
         with_student_ids(opened[0], ids)
+
+
+def test_a_row_of_lacking_tokens_alone_is_empty() -> None:
+    """Its whole mass is the tail's, and no number of it is NaN at any temperature."""
+    ids = np.arange(4, dtype=np.int32)
+    ids[2:] = -1
+    sample = Sample(
+        tokens=np.array([0, 1], dtype=np.int32),
+        loss_mask=np.array([0, 1], dtype=np.uint8),
+        topk_ids=np.array([[3, 2, -1]], dtype=np.int32),
+        topk_log_probs=np.array([[-0.693147, -1.386294, -np.inf]], dtype=np.float32),
+        tail_log_probs=np.log(np.array([0.25], dtype=np.float32)),
+        context_length=1,
+    )
+    own = with_student_ids(sample, ids)
+    assert own.topk_ids.tolist() == [[-1, -1, -1]]
+    np.testing.assert_allclose(own.tail_log_probs, [0], atol=1e-6)
+    rows = sample_rows(own, KDLossConfig(tail="renormalize", temperature=2.0), dumped_at=2.0)
+    assert rows.topk_log_probs.tolist() == [[-torch.inf] * 3]
 
 
 def rewritten(source: Path, path: Path, **changes: Any) -> TopKCache:

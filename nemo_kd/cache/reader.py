@@ -114,7 +114,7 @@ class TopKCache:
         used = np.zeros(self.manifest.vocab_size, dtype=bool)
         for index in range(self.num_shards):
             path, _ = pair_paths(self.path / shard_name(index), "tokens")
-            tokens = np.unique(np.fromfile(path, dtype=np.int32))
+            tokens = np.fromfile(path, dtype=np.int32)
             # Others are damage, which the samples' checksums name.
             used[tokens[(tokens >= 0) & (tokens < len(used))]] = True
         return used
