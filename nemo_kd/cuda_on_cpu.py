@@ -54,3 +54,37 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return factory(*args, **kwargs)
 
     return on_cpu
+
+
+class _Stream:
+    """A CUDA stream on the CPU, where everything is done when the call returns."""
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def answer_streams() -> None:
+    """Patch this process so that work on CUDA streams is done when it is asked for."""
+    for name in ("Stream", "current_stream", "stream"):
+        setattr(torch.cuda, name, functools.partial(lambda *_, **__: _Stream()))
+
+
+def name_tensors_as_cuda() -> None:
+    """Core's optimizer and gradient clipping know a float32 tensor by the name of its CUDA type."""
+    tensor_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return tensor_type(self, dtype, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]

@@ -59,27 +59,20 @@ def _free_port() -> int:
     return port
 
 
-def check_batches(num_model_ranks: int, micro_batch_size: int, global_batch_size: int) -> None:
-    """Check how processes and samples divide.
+def check_batches(num_replicas: int, micro_batch_size: int, global_batch_size: int) -> None:
+    """Check how samples divide.
 
     Args:
-        num_model_ranks: The ranks of one replica: tensor x pipeline x context parallel size.
+        num_replicas: Of the model, among which a step's samples are divided.
         micro_batch_size: Samples of a replica's forward pass.
         global_batch_size: Samples of a step.
 
     Raises:
-        ValueError: The processes are no whole number of replicas, or the samples of a step are no
-            whole number of micro batches of all replicas.
+        ValueError: The samples of a step are no whole number of micro batches of all replicas.
     """
-    world_size = torch.distributed.get_world_size()
-    if world_size % num_model_ranks:
-        raise ValueError(
-            f"expected a number of processes that model's parallel sizes divide "
-            f"({num_model_ranks}), got {world_size}"
-        )
-    samples = micro_batch_size * (world_size // num_model_ranks)
+    samples = micro_batch_size * num_replicas
     if global_batch_size % samples:
         raise ValueError(
             f"expected train.global_batch_size divisible by {samples}, train.micro_batch_size "
-            f"times the {world_size // num_model_ranks} replicas, got {global_batch_size}"
+            f"times the {num_replicas} replicas, got {global_batch_size}"
         )

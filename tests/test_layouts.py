@@ -1,9 +1,15 @@
 """A layout, a batch or a length that does not fit the model stops with one sentence."""
 
-import pytest
-from omegaconf import DictConfig, OmegaConf
+import re
+from pathlib import Path
 
-from nemo_kd.nemo.layout import check_layout, check_sequence_length
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from runs import EXAMPLES
+
+from nemo_kd.layout import check_layout, check_sequence_length, check_slices
+from nemo_kd.student.dataset import padding_multiple
 
 MODEL = {
     "tensor_model_parallel_size": 1,
@@ -29,6 +35,7 @@ def model(**changes: object) -> DictConfig:
         ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3}, 12, 2),
         ({"context_parallel_size": 2}, 4, 2),
         ({"tensor_model_parallel_size": 4, "num_query_groups": None}, 4, 1),
+        ({"expert_model_parallel_size": 2, "num_moe_experts": 4}, 4, 4),
         (
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
             2,
@@ -65,6 +72,22 @@ def test_what_divides_is_laid_out(
         ),
         ({"tensor_model_parallel_size": 4}, 4, "num_query_groups, 2, got 4"),
         ({"tensor_model_parallel_size": 2, "ffn_hidden_size": 33}, 2, "ffn_hidden_size, 33, got 2"),
+        ({"expert_model_parallel_size": 2}, 2, "parallel_size=1 for a model without experts, got"),
+        (
+            {"expert_model_parallel_size": 2, "num_moe_experts": 5},
+            2,
+            "teacher.expert_model_parallel_size to divide the model's num_moe_experts, 5, got 2",
+        ),
+        (
+            {"expert_model_parallel_size": 4, "num_moe_experts": 8},
+            2,
+            "x tensor 1 parallel sizes to divide the 2 processes of a pipeline stage, got 4",
+        ),
+        (
+            {"tensor_model_parallel_size": 2, "num_moe_experts": 8, "moe_ffn_hidden_size": 33},
+            2,
+            "moe_ffn_hidden_size, 33, got 2",
+        ),
         (
             {"pipeline_model_parallel_size": 4},
             4,
@@ -131,3 +154,82 @@ def test_batches_fit_the_layout(name: str, changes: dict[str, int], message: str
         return check_batches(config, 4)
     with pytest.raises(ValueError, match=message):
         check_batches(config, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "length", "message"),
+    [
+        ({}, 47, None),
+        ({"context_parallel_size": 2}, 48, None),
+        ({"context_parallel_size": 2}, 46, "seq_length divisible by 4, the slices .*, got 46"),
+        (
+            {
+                "tensor_model_parallel_size": 8,
+                "context_parallel_size": 4,
+                "sequence_parallel": True,
+            },
+            96,
+            "divisible by 64",
+        ),
+    ],
+)
+def test_context_and_sequence_parallelism_divide_the_length(
+    changes: dict[str, object], length: int, message: str | None
+) -> None:
+    if message is None:
+        return check_slices(model(**changes), length, "seq_length")
+    with pytest.raises(ValueError, match=message):
+        check_slices(model(**changes), length, "seq_length")
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (8, 2), (8, 4), (4, 16), (32, 8)])
+def test_batches_are_padded_to_what_the_ranks_divide(
+    tensor: int, context: int, sequence_parallel: bool
+) -> None:
+    """Also above tensor x context = 16, which is what a host pads to by itself."""
+    layout = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
+    config = OmegaConf.create(layout | {"sequence_parallel": sequence_parallel})
+    check_slices(config, padding_multiple(config), "the batch")
+
+
+OVERLAPS = {
+    "virtual_pipeline_model_parallel_size=2": "expected null, got 2",
+    "ub_tp_comm_overlap=true": "ub_tp_comm_overlap=true needs pad_to_max_length=true",
+    "defer_embedding_wgrad_compute=true": "defer_embedding_wgrad_compute: expected false with",
+}
+
+
+@pytest.mark.parametrize("override", OVERLAPS)
+def test_overlaps_that_cannot_be_are_refused(override: str) -> None:
+    from nemo_kd.nemo.train import check_overlaps
+
+    fused = "model.knowledge_distillation.fuse_output_layer=true"
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        config = compose("train_kd_sft", [f"+model.{override}", fused])
+        plain = compose("train_kd_sft", [fused])
+    with pytest.raises(ValueError, match=re.escape(OVERLAPS[override])):
+        check_overlaps(config.model)
+    check_overlaps(plain.model)
+
+
+def test_what_a_student_was_trained_with_is_not_inherited(nemos: dict[str, Path]) -> None:
+    from nemo_kd.nemo.nemo_file import read_model_config
+    from nemo_kd.nemo.train import merge_model_config
+
+    student = read_model_config(str(nemos["tied"]), "student")
+    set_before = {
+        "virtual_pipeline_model_parallel_size": 2,
+        "ub_tp_comm_overlap": True,
+        "defer_embedding_wgrad_compute": True,
+    }
+    with open_dict(student):
+        student.update(set_before)
+    directory = nemos["tied"].parent
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        files = [
+            f"model.data.{name}_ds.file_names=[{directory}]" for name in ("train", "validation")
+        ]
+        config = compose("train_kd_sft", files)
+    merged = merge_model_config(config, student)
+    assert [bool(merged[key]) for key in set_before] == [False] * 3

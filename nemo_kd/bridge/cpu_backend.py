@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from nemo_kd.cuda_on_cpu import answer_cuda_calls
+from nemo_kd.cuda_on_cpu import answer_cuda_calls, answer_streams, name_tensors_as_cuda
+from nemo_kd.te_on_cpu import stand_in_for_transformer_engine
 
 # What Megatron's local layers need in a model's provider, in the place of Transformer Engine's.
 PROVIDER_OVERRIDES: dict[str, Any] = {
@@ -25,7 +26,6 @@ PROVIDER_OVERRIDES: dict[str, Any] = {
     "apply_rope_fusion": False,
     "cross_entropy_loss_fusion": False,
     "moe_permute_fusion": False,
-    "moe_grouped_gemm": False,
     "bf16": False,
     "fp16": False,
     "params_dtype": torch.float32,
@@ -50,10 +50,10 @@ def enable() -> None:
     _import_bridge()
     # After the imports: torch.jit.script reads the factories' sources there.
     answer_cuda_calls()
-    _answer_streams()
+    answer_streams()
     _send_contiguous_shards()
     _initialize_without_cuda()
-    _name_tensors_as_cuda()
+    name_tensors_as_cuda()
 
 
 def prepare_provider(provider: Any) -> None:
@@ -62,17 +62,12 @@ def prepare_provider(provider: Any) -> None:
     Raises:
         ValueError: The provider asks for what the local layers cannot do.
     """
-    from megatron.bridge.models.gpt_provider import local_layer_spec
-    from megatron.core.transformer.enums import AttnBackend
-
     for key, wanted in (("sequence_parallel", False), ("context_parallel_size", 1)):
         if getattr(provider, key) != wanted:
             raise ValueError(
                 f"expected model.{key}={str(wanted).lower()} with device=cpu, got "
                 f"{getattr(provider, key)}: the local layers do not have it"
             )
-    provider.transformer_layer_spec = local_layer_spec
-    provider.attention_backend = AttnBackend.local
     for name, value in PROVIDER_OVERRIDES.items():
         if hasattr(provider, name):
             setattr(provider, name, value)
@@ -81,9 +76,7 @@ def prepare_provider(provider: Any) -> None:
 def _import_bridge() -> None:
     """Import Bridge, whose adapters import Transformer Engine whether it is there or not."""
     # Core first: its own probes must find no Transformer Engine.
-    import megatron.core.extensions.transformer_engine
-    import megatron.core.models.gpt.gpt_layer_specs
-
+    stand_in_for_transformer_engine()
     engine = types.ModuleType("transformer_engine")
     pytorch = types.ModuleType("transformer_engine.pytorch")
     engine.__path__, engine.pytorch = [], pytorch  # type: ignore[attr-defined]
@@ -99,24 +92,6 @@ def _import_bridge() -> None:
     finally:
         for name in stubs:
             del sys.modules[name]
-
-
-class _Stream:
-    """A CUDA stream on the CPU, where everything is done when the call returns."""
-
-    def wait_stream(self, *_: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-
-def _answer_streams() -> None:
-    for name in ("Stream", "current_stream", "stream"):
-        setattr(torch.cuda, name, functools.partial(lambda *_, **__: _Stream()))
 
 
 def _send_contiguous_shards() -> None:
@@ -158,15 +133,3 @@ def _initialize_without_cuda() -> None:
     initialize.compile_helpers = lambda: None
     # It would compile kernels with tensors on a GPU.
     setup.set_jit_fusion_options = lambda *_, **__: None
-
-
-def _name_tensors_as_cuda() -> None:
-    """Core's optimizer and gradient clipping know a float32 tensor by the name of its CUDA type."""
-    tensor_type = torch.Tensor.type
-
-    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return tensor_type(self, dtype, *args, **kwargs)
-        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
-
-    torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]

@@ -23,6 +23,7 @@ from nemo_kd.chat.samples import (
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.ranks import on_rank_zero, start
 from nemo_kd.selection import SelectionConfig
+from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.teacher.fill import fill_cache
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.plan import plan_cache
@@ -56,12 +57,13 @@ def dump_teacher_topk(config: DictConfig) -> None:
     from nemo_kd.bridge.dataset import Tokenizer
     from nemo_kd.bridge.models import read_model, tokenizer_config
 
-    _, provider = read_model(config.model, config.device)
+    start(config.device)
+    length = data.max_seq_length
+    _, provider = read_model(config.model, config.device, length, "data.max_seq_length")
     for key, only in ("context_parallel_size", 1), ("virtual_pipeline_model_parallel_size", None):
         if getattr(provider, key) != only:
             raise ValueError(f"model.{key}: the teacher run has none, got {getattr(provider, key)}")
-    provider.seq_length = max(provider.seq_length, data.max_seq_length)
-    start(config.device)
+    provider.seq_length = max(provider.seq_length, length)
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(config.model.hf_path)))
     # Checked before the weights are read, so that a broken line costs seconds.
@@ -75,7 +77,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
         manifest,
         cache,
         data,
-        _samples(data, tokenizer, manifest.sources),
+        _samples(data, tokenizer, manifest.sources, padding_multiple(config.model)),
         everyone,
         start=lambda: _replica_and_forward(model, selection, tokenizer.vocab_size),
         is_first_replica=parallel_state.get_data_parallel_rank() == 0,
@@ -94,7 +96,7 @@ def _fingerprint(config: DictConfig) -> str:
     return fingerprint_model(files, json.dumps([settings, config.device], sort_keys=True))
 
 
-def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile]) -> Any:
+def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile], multiple: int) -> Any:
     """The samples of all files in their order, by Bridge's own datasets or rendered by chat/."""
     from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
     from torch.utils.data import ConcatDataset
@@ -103,7 +105,7 @@ def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile]) ->
 
     directory = index_directory(data.index_mapping_dir, sources)
     index = {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
-    settings = data.host_settings | index
+    settings = data.host_settings | index | {"pad_seq_length_to_mult": multiple}
     renderer = renderer_of(data, tokenizer)
     kind = GPTSFTChatDataset if data.chat else GPTSFTDataset
     datasets = []

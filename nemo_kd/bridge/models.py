@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,25 @@ from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from omegaconf import DictConfig
 
 from nemo_kd.bridge import cpu_backend
+from nemo_kd.hf_config import WINDOWED, check_hf_config
+from nemo_kd.layout import check_layout, check_slices, say_layout
 from nemo_kd.values import set_fields
 
 
-def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
+def read_model(
+    model: DictConfig, device: str, max_seq_length: int, length_key: str
+) -> tuple[Any, Any]:
     """Return Bridge's AutoBridge of a Hugging Face directory, and the provider of its model.
 
     Args:
         model: The section `model`; all keys but `hf_path` are the provider's.
         device: "gpu" or "cpu".
+        max_seq_length: The longest sequence of the run, in tokens.
+        length_key: Its place in the YAML.
 
     Raises:
-        ValueError: There is no such directory, no weights, no bridge for its model, or no such key.
+        ValueError: There is no such directory, no weights, no bridge for its model, or no such key;
+            or the model, its layout or the length is one that Bridge cannot have.
     """
     path = Path(model.hf_path)
     if not (path / "config.json").is_file():
@@ -37,24 +45,68 @@ def read_model(model: DictConfig, device: str) -> tuple[Any, Any]:
     except ValueError as error:
         first = next(line.strip() for line in str(error).splitlines() if line.strip(" ✗"))
         raise ValueError(f"model.hf_path: {path}: {first}") from error
+    hf_config = bridge.hf_pretrained.config
+    check_hf_config(hf_config, max_seq_length, length_key)
     provider = bridge.to_megatron_provider(load_weights=True)
+    provider.register_pre_wrap_hook(partial(_check_names, bridge), prepend=True)
+    if hf_config.model_type in WINDOWED and hf_config.sliding_window:
+        # Hugging Face counts the token itself, Megatron those before it: Bridge is one too wide.
+        before = hf_config.sliding_window - 1
+        provider.window_size = before if isinstance(provider.window_size, int) else (before, 0)
+    provider.mtp_num_layers = getattr(provider, "mtp_num_layers", None) or None
     # Bridge sets it to false, and then marks no parameter as tensor-parallel, so that the gradient
     # norm at a tensor-parallel size above 1 counts the shards of rank 0 only.
     provider.perform_initialization = True
     set_fields(provider, model, "model", leave_out=("hf_path",))
-    for kind, number, what in (
-        ("tensor", provider.vocab_size, "rows of the embedding, which Bridge does not pad"),
-        ("pipeline", provider.num_layers, "layers"),
-    ):
-        size = getattr(provider, f"{kind}_model_parallel_size")
-        if number % size:
-            raise ValueError(
-                f"expected model.{kind}_model_parallel_size to divide the {number} {what}, got "
-                f"{size}"
-            )
+    if provider.mtp_num_layers:
+        raise ValueError(
+            "model.hf_path: expected a model without layers for multi-token prediction, got "
+            f"{provider.mtp_num_layers}; set +model.mtp_num_layers=null to leave them out"
+        )
+    settings, num_processes = vars(provider), torch.distributed.get_world_size()
+    num_replicas = check_layout(settings, num_processes, "model", "the number of processes")
+    tensor_size = provider.tensor_model_parallel_size
+    if provider.vocab_size % tensor_size:
+        raise ValueError(
+            f"expected model.tensor_model_parallel_size to divide the {provider.vocab_size} rows "
+            f"of the embedding, which Bridge does not pad, got {tensor_size}"
+        )
+    check_slices(settings, max_seq_length, length_key)
     if device == "cpu":
         cpu_backend.prepare_provider(provider)
+    say_layout(settings, num_processes, num_replicas)
     return bridge, provider
+
+
+def _check_names(bridge: Any, models: list[Any]) -> list[Any]:
+    """Bridge leaves a parameter as it is for which it finds no tensor, and drops the others.
+
+    Raises:
+        ValueError: The Hugging Face directory and the model do not have the same weights.
+    """
+    tasks = [task for task in bridge.get_conversion_tasks(models) if task is not None]
+    filled = {id(task.param_weight) for task in tasks}
+    empty = [
+        name
+        for model in models
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in filled
+        and not (model.share_embeddings_and_output_weights and name.startswith("output_layer"))
+    ]
+    if empty:
+        raise ValueError(
+            f"model.hf_path: Megatron-Bridge finds no weights for {len(empty)} parameters, "
+            f"{empty[0]} among them"
+        )
+    names = bridge._model_bridge.mapping_registry()
+    keys = bridge.hf_pretrained.state.source.get_all_keys()
+    unread = [key for key in keys if names.hf_to_megatron_lookup(key) is None]
+    if unread:
+        raise ValueError(
+            f"model.hf_path: Megatron-Bridge reads {len(unread)} of the {len(keys)} tensors "
+            f"nowhere, {unread[0]} among them"
+        )
+    return models
 
 
 def tokenizer_config(path: str) -> TokenizerConfig:

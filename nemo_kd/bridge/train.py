@@ -42,10 +42,12 @@ def train_kd_sft(config: DictConfig) -> None:
     from nemo_kd.bridge.forward_step import KDForwardStep
     from nemo_kd.bridge.models import read_model
 
-    bridge, provider = read_model(config.model, config.device)
     start(config.device)
+    length = config.model.seq_length
+    bridge, provider = read_model(config.model, config.device, length, "model.seq_length")
+    num_ranks = math.prod(config.model[f"{size}_parallel_size"] for size in _RANKS)
     check_batches(
-        num_model_ranks=math.prod(config.model[f"{size}_parallel_size"] for size in _RANKS),
+        num_replicas=torch.distributed.get_world_size() // num_ranks,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
     )

@@ -24,6 +24,7 @@ from nemo_kd.chat.samples import (
     with_found_format,
 )
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings
+from nemo_kd.layout import check_slices
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.nemo.dataset import GPTSFTKDDataset
 from nemo_kd.nemo.nemo_file import tokenizer_of
@@ -127,15 +128,7 @@ def check_section(data: DictConfig, model: DictConfig, is_train: bool) -> None:
             f"expected {section}.pad_to_max_length=true with expert parallelism, got false: "
             "Megatron's experts take sequences of one length"
         )
-    context_size = model.get("context_parallel_size", 1)
-    num_slices = 2 * context_size if context_size > 1 else 1
-    if model.get("sequence_parallel", False):
-        num_slices *= model.tensor_model_parallel_size
-    if data.max_seq_length % num_slices:
-        raise ValueError(
-            f"expected {section}.max_seq_length divisible by {num_slices}, the slices of a "
-            f"sequence in context and sequence parallelism, got {data.max_seq_length}"
-        )
+    check_slices(model, data.max_seq_length, f"{section}.max_seq_length")
     if caches and not is_train:
         metric = data.get("metric", {}).get("name", "exact_string_match")
         writes = data.get("write_predictions_to_file", False)

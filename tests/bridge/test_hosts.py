@@ -204,11 +204,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a short sequence": (["model.seq_length=16"], "was dumped with data.max_seq_length=48"),
     "a layout that does not fit": (
         ["model.tensor_model_parallel_size=3"],
-        "expected model.tensor_model_parallel_size to divide the 512 rows",
+        "model.tensor_model_parallel_size to divide the model's num_attention_heads, 4, got 3",
     ),
     "layers that do not divide": (
         ["model.pipeline_model_parallel_size=3"],
-        "expected model.pipeline_model_parallel_size to divide the 2 layers",
+        "expected model.pipeline_model_parallel_size to divide the model's num_layers, 2, got 3",
+    ),
+    "too few processes": (
+        ["model.tensor_model_parallel_size=2"],
+        "processes divisible by tensor 2 x pipeline 1 x context 1 parallel sizes, got 1",
+    ),
+    "experts that are not there": (
+        ["model.expert_model_parallel_size=2"],
+        "expected model.expert_model_parallel_size=1 for a model without experts, got 2",
     ),
     "a batch that does not divide": (["train.micro_batch_size=3"], "train.global_batch_size"),
 }

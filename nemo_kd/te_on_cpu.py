@@ -1,0 +1,182 @@
+"""Transformer Engine's layers, as Megatron Core names them, on a machine without a GPU.
+
+A host's CPU backend puts them into Megatron Core, so that each family of models is built from its
+own layers, with the names of its weights, and computes what it computes on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, rms_norm
+
+
+def stand_in_for_transformer_engine() -> None:
+    """Give Megatron Core these layers. Call it before core's models are imported."""
+    # The probes of core must find no Transformer Engine.
+    import megatron.core.extensions.transformer_engine as extension
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    layers = {
+        "TENorm": TENorm,
+        "TEColumnParallelLinear": ColumnParallelLinear,
+        "TERowParallelLinear": RowParallelLinear,
+        "TELayerNormColumnParallelLinear": _norm_and_linear(),
+        "TEDotProductAttention": _attention(),
+        "TEColumnParallelGroupedLinear": TEColumnParallelGroupedLinear,
+        "TERowParallelGroupedLinear": TERowParallelGroupedLinear,
+    }
+    for name, layer in layers.items():
+        setattr(extension, name, layer)
+    from megatron.core.extensions import transformer_engine_spec_provider as provider
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # the router's product is torch's
+    provider.is_te_min_version = lambda *_, **__: True
+    gpt_layer_specs.TESpecProvider = provider.TESpecProvider
+    gpt_layer_specs.TENorm = transformer_block.LayerNormImpl = TENorm
+
+
+def _norm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, config: Any, epsilon: float
+) -> Tensor:
+    """RMSNorm without a bias, LayerNorm with one; 1 is added to a zero-centred weight."""
+    weight = weight + 1 if config.layernorm_zero_centered_gamma else weight
+    if bias is None:
+        return rms_norm(hidden, weight.shape, weight, epsilon)
+    return layer_norm(hidden, weight.shape, weight, bias, epsilon)
+
+
+def _norm_parameters(size: int, config: Any) -> tuple[torch.nn.Parameter, Any]:
+    start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
+    weight = torch.nn.Parameter(start(size, dtype=config.params_dtype))
+    if config.normalization == "RMSNorm":
+        return weight, None
+    return weight, torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
+
+
+class TENorm(torch.nn.Module):
+    """RMSNorm or LayerNorm, as `config.normalization` says."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.config, self.eps = config, eps
+        self.weight, self.bias = _norm_parameters(hidden_size, config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _norm(hidden, self.weight, self.bias, self.config, self.eps)
+
+
+def _norm_and_linear() -> type:
+    """The class of a norm and a column-parallel layer in one."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    class TELayerNormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **settings: Any):
+            super().__init__(input_size, output_size, config=config, **settings)
+            self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(input_size, config)
+
+        def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            weight, bias = self.layer_norm_weight, self.layer_norm_bias
+            normal = _norm(hidden, weight, bias, self.config, self.config.layernorm_epsilon)
+            return super().forward(normal, *args, **kwargs)
+
+    return TELayerNormColumnParallelLinear
+
+
+def _attention() -> type:
+    """The class of core's own attention, which takes the settings of Transformer Engine's."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class TEDotProductAttention(DotProductAttention):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            for name in ("k_channels", "v_channels", "num_splits"):
+                settings.pop(name, None)
+            super().__init__(*args, **settings)
+
+    return TEDotProductAttention
+
+
+class TEGroupedLinear(torch.nn.Module):
+    """The layers of this rank's experts: `weight0`, `weight1`, ... and with a bias `bias0`, ..."""
+
+    dim: int  # of a weight that the experts' tensor parallelism divides
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: Any,
+        init_method: Any,
+        bias: bool,
+        skip_bias_add: bool,
+        pg_collection: Any,
+        **_: Any,
+    ) -> None:
+        from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
+        super().__init__()
+        self.config, self.groups = config, pg_collection
+        self.num_gemms, self.skip_bias_add = num_gemms, skip_bias_add
+        sizes = [output_size, input_size]
+        sizes[self.dim] //= pg_collection.expt_tp.size()
+        for number in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(*sizes, dtype=config.params_dtype))
+            init_method(weight)
+            set_tensor_model_parallel_attributes(weight, True, self.dim, 1)
+            self.register_parameter(f"weight{number}", weight)
+            if bias:
+                zeros = torch.zeros(sizes[0], dtype=config.params_dtype)
+                self.register_parameter(f"bias{number}", torch.nn.Parameter(zeros))
+        for parameter in self.parameters():
+            # Megatron's gradients of experts are summed over their own data-parallel ranks.
+            parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, Any]:
+        biases = [getattr(self, f"bias{number}", None) for number in range(self.num_gemms)]
+        outputs = [
+            linear(part, getattr(self, f"weight{number}"), None if self.skip_bias_add else bias)
+            for number, (part, bias) in enumerate(
+                zip(torch.split(hidden, tokens_per_expert), biases, strict=True)
+            )
+        ]
+        return torch.cat(outputs), biases if self.skip_bias_add and biases[0] is not None else None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> Any:
+        """The experts in Megatron's checkpoints: a tensor of all of them, a part for each."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        first = self.groups.ep.rank() * self.num_gemms
+        number_of_all = self.groups.ep.size() * self.num_gemms
+        sharded: dict[str, Any] = {}
+        for number in range(self.num_gemms):
+            names = [name for name in ("weight", "bias") if hasattr(self, f"{name}{number}")]
+            parts = make_sharded_tensors_for_checkpoint(
+                {name: getattr(self, f"{name}{number}") for name in names},
+                prefix,
+                {"weight": self.dim} | ({"bias": 0} if self.dim == 0 else {}),
+                (*sharded_offsets, (len(sharded_offsets), first + number, number_of_all)),
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            for name in names:
+                part = parts[f"{prefix}{name}"]
+                part.replica_id = (*part.replica_id[:2], self.groups.expt_dp.rank())
+                sharded[f"{prefix}{name}{number}"] = part
+        return sharded
+
+
+class TEColumnParallelGroupedLinear(TEGroupedLinear):
+    dim = 0
+
+
+class TERowParallelGroupedLinear(TEGroupedLinear):
+    dim = 1
