@@ -80,7 +80,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
         _samples(data, tokenizer, manifest.sources, padding_multiple(config.model)),
         everyone,
         start=lambda: _replica_and_forward(model, selection, tokenizer.vocab_size),
-        is_first_replica=parallel_state.get_data_parallel_rank() == 0,
+        is_first_replica=parallel_state.get_expert_data_parallel_rank() == 0,
     )
 
 
@@ -124,13 +124,19 @@ def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile], mu
 def _replica_and_forward(
     model: Any, selection: SelectionConfig, vocab_size: int
 ) -> tuple[Replica, Teacher]:
-    """This process's part in the teacher run, out of Bridge's model and Megatron's groups."""
+    """This process's part in the teacher run, out of Bridge's model and Megatron's groups.
+
+    Ranks that share out the experts are of one replica, because each of them waits for the others.
+    """
     from megatron.core import parallel_state
 
-    is_last_stage = parallel_state.is_pipeline_last_stage()
+    ranks = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
     replica = Replica(
-        parallel_state.get_model_parallel_group(),
-        leads=is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        leads=parallel_state.is_pipeline_last_stage() and ranks == (0, 0),
     )
     forward = Teacher(
         model,

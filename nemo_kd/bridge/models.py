@@ -49,6 +49,9 @@ def read_model(
     check_hf_config(hf_config, max_seq_length, length_key)
     provider = bridge.to_megatron_provider(load_weights=True)
     provider.register_pre_wrap_hook(partial(_check_names, bridge), prepend=True)
+    if hf_config.model_type == "gemma3_text":
+        # Bridge leaves it out, and then each tensor-parallel rank trains norms of its own.
+        provider.qk_layernorm = True
     if hf_config.model_type in WINDOWED and hf_config.sliding_window:
         # Hugging Face counts the token itself, Megatron those before it: Bridge is one too wide.
         before = hf_config.sliding_window - 1

@@ -64,6 +64,7 @@ def train(model: Path, cache: TopKCache, output: Path, *more: str, **how: Any) -
         "train.train_iters=2",
         "train.eval_interval=2",
         "train.global_batch_size=4",
+        "train.micro_batch_size=2",
         "scheduler.lr_decay_style=constant",
         "scheduler.lr_warmup_iters=0",
         f"logger.tensorboard_dir={output}/logs",
@@ -137,7 +138,7 @@ def test_a_family_computes_what_transformers_computes(
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("gemma3", "tensor"), ("nemotron", "tensor"), ("qwen3_moe", "expert"), ("gpt_oss", "expert")],
+    [("gemma3", "tensor"), ("nemotron", "tensor"), ("gemma2", "pipeline"), ("qwen3_moe", "expert"), ("gpt_oss", "expert")],
 )
 def test_a_family_at_two_ranks(
     family: str, layout: str, models: Models, jsonl: Path, tmp_path: Path
