@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,11 +159,37 @@ class RenderedSamples:
         conversation, _ = read_conversation(example, self.kind)
         sample = self.renderer(conversation)
         tokens = torch.from_numpy(sample.tokens)
+        mask = torch.from_numpy(sample.mask.astype(np.bool_))
         return {
             "input_ids": tokens,
-            "mask": torch.from_numpy(sample.mask.astype(np.bool_)),
+            "mask": mask,  # as NeMo names it
+            "loss_mask": mask,  # as Megatron-Bridge does
             "context_ids": tokens[: sample.context_length],
             "answer_ids": tokens[sample.context_length :],
             "metadata": {},
             "is_truncated": sample.is_truncated,
         }
+
+
+def begin_token(tokenizer: Any) -> str | None:
+    """The token that a Hugging Face tokenizer puts before each text; a host puts none there."""
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if begins else None
+
+
+def warn_of_missing_begin(tokenizer: Any, datasets: list[Any]) -> None:
+    """Warn, on rank 0, of datasets whose samples lack the model's begin token."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(tokenizer, "tokenizer", None)
+    if torch.distributed.get_rank() or not isinstance(own, PreTrainedTokenizerBase):
+        return
+    begin = begin_token(own)
+    for dataset in datasets:
+        if begin and list(dataset[0]["input_ids"][:1]) != [own.bos_token_id]:
+            print(
+                f"warning: {dataset.file_path}: its samples lack {begin}, which the model expects "
+                "before each text, and without which its distributions are others: dump with "
+                "data.add_bos=true, or begin system_turn_start of a chat with it",
+                file=sys.stderr,
+            )

@@ -18,6 +18,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_kd.chat.samples import warn_of_missing_begin
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
 from nemo_kd.nemo.data import (
@@ -28,7 +29,6 @@ from nemo_kd.nemo.data import (
     file_dataset,
     training_blend,
 )
-from nemo_kd.nemo.nemo_file import warn_of_missing_begin
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.terms import (
     KD_TERMS,

@@ -138,7 +138,13 @@ def test_a_family_computes_what_transformers_computes(
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("gemma3", "tensor"), ("nemotron", "tensor"), ("gemma2", "pipeline"), ("qwen3_moe", "expert"), ("gpt_oss", "expert")],
+    [
+        ("gemma3", "tensor"),
+        ("nemotron", "tensor"),
+        ("gemma2", "pipeline"),
+        ("qwen3_moe", "expert"),
+        ("gpt_oss", "expert"),
+    ],
 )
 def test_a_family_at_two_ranks(
     family: str, layout: str, models: Models, jsonl: Path, tmp_path: Path
