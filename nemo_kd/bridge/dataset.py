@@ -17,14 +17,11 @@ from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 from nemo_kd.bridge.models import tokenizer_config
 from nemo_kd.cache import SourceFile, TopKCache
 from nemo_kd.cache.manifest import tokenizer_fingerprint
-from nemo_kd.chat.files import as_jsonl
 from nemo_kd.chat.lines import check_files
 from nemo_kd.chat.samples import (
     RenderedSamples,
+    datasets_of,
     fingerprint_source,
-    index_directory,
-    name_line_in_errors,
-    renderer_of,
     warn_of_missing_begin,
     with_found_format,
 )
@@ -138,7 +135,9 @@ class KDCaches(DatasetProvider):
             seed=self.seed,
             get_attention_mask_from_fusion=True,
         )
-        train = Blend(self.train_caches, self.weights, context.train_samples, make)
+        # Bridge makes a loader for a run that only validates as well.
+        num_samples = context.train_samples or self.global_batch_size
+        train = Blend(self.train_caches, self.weights, num_samples, make)
         sets = [make(path) for path in self.validation_caches]
         for path in self.validation_files:
             sources = [fingerprint_source(path)]
@@ -181,30 +180,7 @@ def check_sets(dataset: KDCaches, hf_path: str) -> int:
 def file_datasets(
     data: DataConfig, tokenizer: Tokenizer, sources: Sequence[SourceFile], multiple: int
 ) -> list[Any]:
-    """Each file of `data` as a dataset of Bridge's, its samples by Bridge or rendered by chat/.
-
-    Args:
-        data: The settings, with the format of the files.
-        tokenizer: The model's.
-        sources: The files.
-        multiple: What a batch's length is padded to a multiple of.
-    """
-    directory = index_directory(data.index_mapping_dir, sources)
-    settings = data.host_settings | {
-        "index_mapping_dir": directory,
-        "memmap_workers": data.memmap_workers or 1,
-        "pad_seq_length_to_mult": multiple,
-        "get_attention_mask_from_fusion": True,
-    }
-    renderer = renderer_of(data, tokenizer)
-    kind = ChatDataset if data.chat else GPTSFTDataset
-    datasets: list[Any] = []
-    for path in data.file_names:
-        file = as_jsonl(path, directory)
-        if renderer is not None:
-            datasets.append(RenderedDataset(file, tokenizer, renderer, data.format, **settings))
-            continue
-        tokens = data.chat_prompt_tokens
-        datasets.append(kind(file, tokenizer, special_tokens=tokens, **settings))
-        name_line_in_errors(datasets[-1])
-    return datasets
+    """Each file of `data` as a dataset, whose batches' lengths are padded to `multiple`."""
+    settings = {"pad_seq_length_to_mult": multiple, "get_attention_mask_from_fusion": True}
+    classes = (GPTSFTDataset, ChatDataset, RenderedDataset)
+    return datasets_of(data, tokenizer, sources, classes, **settings)

@@ -52,7 +52,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
 
     start(config.device)
     length = data.max_seq_length
-    _, provider = read_model(config.model, config.device, length, "data.max_seq_length")
+    _, provider, _ = read_model(config.model, config.device, length, "data.max_seq_length")
     for key, only in ("context_parallel_size", 1), ("virtual_pipeline_model_parallel_size", None):
         if getattr(provider, key) != only:
             raise ValueError(f"model.{key}: the teacher run has none, got {getattr(provider, key)}")

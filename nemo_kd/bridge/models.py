@@ -19,8 +19,8 @@ from nemo_kd.values import set_fields
 
 def read_model(
     model: DictConfig, device: str, max_seq_length: int, length_key: str
-) -> tuple[Any, Any]:
-    """Return Bridge's AutoBridge of a Hugging Face directory, and the provider of its model.
+) -> tuple[Any, Any, int]:
+    """Return AutoBridge of a Hugging Face directory, its model's provider, and how many replicas.
 
     Args:
         model: The section `model`; all keys but `hf_path` are the provider's.
@@ -78,7 +78,7 @@ def read_model(
     if device == "cpu":
         cpu_backend.prepare_provider(provider)
     say_layout(settings, num_processes, num_replicas)
-    return bridge, provider
+    return bridge, provider, num_replicas
 
 
 def _check_names(bridge: Any, models: list[Any]) -> list[Any]:

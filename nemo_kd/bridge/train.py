@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -20,7 +19,6 @@ from nemo_kd.ranks import check_batches, on_rank_zero, start
 from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.values import set_fields
 
-_RANKS = ("tensor_model", "pipeline_model", "context")
 _SECTIONS = (
     *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
     *("data", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
@@ -44,18 +42,14 @@ def train_kd_sft(config: DictConfig) -> None:
 
     start(config.device)
     length = config.model.seq_length
-    bridge, provider = read_model(config.model, config.device, length, "model.seq_length")
-    num_ranks = math.prod(config.model[f"{size}_parallel_size"] for size in _RANKS)
-    check_batches(
-        num_replicas=torch.distributed.get_world_size() // num_ranks,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
+    bridge, provider, num_replicas = read_model(
+        config.model, config.device, length, "model.seq_length"
     )
+    check_batches(num_replicas, config.train.micro_batch_size, config.train.global_batch_size)
     container = _container(config, provider, distillation)
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
-    have_rows = len(dataset.validation_caches)
-    step = KDForwardStep(distillation, dataset.set_names, have_rows)
+    step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
     provider.register_pre_wrap_hook(step.install)
     try:
         pretrain(container, step, callbacks=_callbacks(step, bridge, config.save_hf))

@@ -16,7 +16,7 @@ import xxhash
 
 from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
-from nemo_kd.chat.files import format_of, require
+from nemo_kd.chat.files import as_jsonl, format_of, require
 from nemo_kd.chat.formats import read_conversation
 from nemo_kd.chat.render import Renderer, template_of
 from nemo_kd.config import DataConfig
@@ -125,6 +125,39 @@ def renderer_of(data: DataConfig, tokenizer: Any) -> Renderer | None:
         train_on=data.train_on,
         add_eos=data.add_eos,
     )
+
+
+def datasets_of(
+    data: DataConfig,
+    tokenizer: Any,
+    sources: Sequence[SourceFile],
+    classes: tuple[Any, Any, Any],
+    **settings: Any,
+) -> list[Any]:
+    """Each file of `data` as a dataset of Megatron-Bridge's kind.
+
+    Args:
+        data: The settings, with the format of the files.
+        tokenizer: The host's.
+        sources: The files.
+        classes: The host's, of plain samples, of NeMo's chats and of rendered samples.
+        **settings: Of the datasets, beside those of `data`.
+    """
+    directory = index_directory(data.index_mapping_dir, sources)
+    index = {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
+    settings = data.host_settings | index | settings
+    renderer = renderer_of(data, tokenizer)
+    plain, chat, rendered = classes
+    datasets: list[Any] = []
+    for path in data.file_names:
+        file = as_jsonl(path, directory)
+        if renderer is not None:
+            datasets.append(rendered(file, tokenizer, renderer, data.format, **settings))
+            continue
+        tokens, kind = data.chat_prompt_tokens, chat if data.chat else plain
+        datasets.append(kind(file, tokenizer, special_tokens=tokens, **settings))
+        name_line_in_errors(datasets[-1])
+    return datasets
 
 
 class RenderedSamples:

@@ -16,7 +16,7 @@ TEMPLATE = "{% for message in messages %}[{{ message['role'] }}]{{ message['cont
 def records(kind: str) -> list[dict[str, Any]]:
     """Seven samples, so that the last global batch of four is not whole."""
     rng = random.Random(3)
-    texts = [" ".join(rng.choices(WORDS, k=1 + number // 2)) for number in range(14)]
+    texts = [" ".join(rng.choices(WORDS, k=1 + number // 3)) for number in range(14)]
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     if kind == "prompt":
         return [{"input": first, "output": second} for first, second in pairs]
@@ -75,7 +75,12 @@ def arguments(student: Path, cache: Path, directory: Path) -> list[str]:
 def test_a_file_has_the_cross_entropy_of_its_cache(
     files: dict[str, Path], wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
-    template = f"data.chat_template={files['prompt'].parent / 'template.jinja'}"
+    names = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
+    tokens = ",".join(f"{name}:'{text}'" for name, text in zip(names, "[(:|=", strict=True))
+    settings = [
+        f"data.chat_template={files['prompt'].parent / 'template.jinja'}",
+        f"data.chat_prompt_tokens={{{tokens}}}",
+    ]
     for kind, file in files.items():
         run_example(
             DUMP,
@@ -87,14 +92,14 @@ def test_a_file_has_the_cross_entropy_of_its_cache(
             "selection.k=8",
             f"cache.path={tmp_path / kind}",
             "data.max_unsupervised_share=0.7",  # long samples are cut
-            template,
+            *settings,
         )
     output = run_example(
         TRAIN,
         *arguments(wide_llamas["tied"], tmp_path / "prompt", tmp_path),
         f"dataset.validation_caches=[{','.join(str(tmp_path / kind) for kind in files)}]",
         f"dataset.validation_files=[{','.join(map(str, files.values()))}]",
-        template,
+        *settings,
     )
     assert "messages.parquet: the format is messages, by the first line" in output
     found = scalars(tmp_path)
