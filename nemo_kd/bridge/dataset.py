@@ -67,12 +67,10 @@ class Tokenizer:
         self.space_sensitive = tokens("x y") != tokens("x") + tokens("y")
 
     def ids_to_tokens(self, ids: list[int]) -> list[str]:
-        tokens: list[str] = self._core._tokenizer.ids_to_tokens(ids)
-        return tokens
+        return list(self._core._tokenizer.ids_to_tokens(ids))
 
     def text_to_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._core.tokenize(text)
-        return ids
+        return list(self._core.tokenize(text))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_core":  # not there yet: while it is unpickled

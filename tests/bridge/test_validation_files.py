@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,29 @@ def test_files_alone_have_no_kd_terms(
     output = run_example(TRAIN, *run, *bad, succeeds=False)
     assert "broken.jsonl, line 1: expected" in output
     assert "Traceback" not in output
+
+
+def test_a_missing_begin_token_is_named(
+    wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    """By the teacher run and by the student's, of a model whose tokenizer begins each text."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(wide_llamas["tied"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(model)
+    run = ["device=cpu", f"model.hf_path={model}", f"data.file_names=[{jsonl}]", "selection.k=8"]
+    run += [f"data.max_seq_length={MAX_SEQ_LENGTH}", "data.num_workers=0"]
+    warning = "its samples lack <s>, which the model expects before each text"
+    cache, with_begin = tmp_path / "cache", tmp_path / "with-begin"
+    assert warning in run_example(DUMP, *run, f"cache.path={cache}")
+    output = run_example(DUMP, *run, f"cache.path={with_begin}", "data.add_bos=true")
+    assert "samples lack" not in output
+    more = [f"dataset.validation_caches=[{with_begin}]", "dataset.names=[heldout]"]
+    output = run_example(TRAIN, *arguments(model, cache, tmp_path), *more)
+    assert f"{cache}: {warning}" in output
+    assert f"{with_begin}: " not in output
