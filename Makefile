@@ -81,6 +81,7 @@ bench: $(READY)
 	PYTHONPATH=tests $(BIN)/python benchmarks/loss.py $(if $(SMALL),--small)
 	$(BIN)/python benchmarks/cache.py $(if $(SMALL),--small)
 	PYTHONPATH=tests $(BIN)/python benchmarks/scale.py $(if $(SMALL),--small)
+	$(BIN)/python benchmarks/teacher_run.py $(if $(SMALL),--small)
 
 clean:
 	rm -rf $(VENV) .venv-* outputs build *.egg-info

@@ -53,8 +53,8 @@ OBJECTIVES = {
 def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float], list[Any]]:
     """Seconds of the run on one shard and of the bare forward; and the rows before packing."""
     from nemo_kd.nemo import dump
-    from nemo_kd.teacher import run
     from nemo_kd.teacher.forward import Teacher
+    from nemo_kd.teacher.run import TeacherRun
 
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         config = compose(
@@ -75,7 +75,7 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
         )
     seconds = {"run": 0.0, "forward": 0.0}
     rows: list[Any] = []
-    fill_shard, teacher_rows, add = run._fill_shard, Teacher.rows, ShardWriter.add
+    fill_shard, teacher_rows, add = TeacherRun._fill_shard, Teacher.rows, ShardWriter.add
 
     def timed_fill(*args: Any) -> Any:
         begin = time.perf_counter()
@@ -84,13 +84,11 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
         return result
 
     def bare_forward(self: Any, batches: Any) -> None:
-        module = self._module
-        select = module.compute_language_model_loss
-        module.compute_language_model_loss = lambda labels, _: torch.zeros(labels.shape)
+        select, self._layer.forward = self._layer.forward, self._layer_forward
         begin = time.perf_counter()
         teacher_rows(self, batches)
         seconds["forward"] += time.perf_counter() - begin
-        module.compute_language_model_loss = select
+        self._layer.forward = select
 
     bare_first = cycle((True, False))
 
@@ -107,7 +105,8 @@ def measure_teacher_run(cache: Path, num_samples: int) -> tuple[dict[str, float]
         rows.append([torch.from_numpy(array.copy()) for array in row])
         add(self, tokens, loss_mask, context_length, *row)
 
-    run._fill_shard, Teacher.rows, ShardWriter.add = timed_fill, timed_rows, kept_add
+    TeacherRun._fill_shard, Teacher.rows = timed_fill, timed_rows
+    ShardWriter.add = kept_add
     dump.dump_teacher_topk(config)
     return seconds, rows
 

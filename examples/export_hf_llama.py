@@ -1,11 +1,11 @@
-"""Turn a .nemo of the Llama family into a Hugging Face checkpoint.
+"""Turn a .nemo (Llama, Qwen2, Qwen3, Nemotron) into a Hugging Face checkpoint.
 
     python examples/export_hf_llama.py source=kd.nemo output=kd-hf
 
 The .nemo may come from import_hf_llama.py, train_kd_sft.py or NeMo itself, at any tensor and
 pipeline parallel size. The directory of a checkpoint of train_kd_sft.py is taken too. The export
-needs no GPU, and memory for the weights once. A model without biases becomes a `llama` (also a
-Mistral without a sliding window); a model with biases in q, k and v becomes a `qwen2`.
+needs no GPU, and memory for the weights once. NeMo's config says which family the model is of; a
+Mistral becomes a `llama`, which computes the same.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from nemo_kd.process import announce, answer_help, user_errors
 def main(config: DictConfig) -> None:
     with user_errors():
         announce(config)
-        from nemo_kd.nemo.hf_export import (
+        from nemo_kd.nemo.hf.exporter import (
             export_hf_llama,  # seconds of imports, once the config is read
         )
 

@@ -1,4 +1,4 @@
-"""Turn a Hugging Face checkpoint of the Llama family into a .nemo.
+"""Turn a Hugging Face checkpoint (Llama, Mistral, Qwen2, Qwen3, Nemotron) into a .nemo.
 
     python examples/import_hf_llama.py source=SmolLM2-135M-Instruct.gguf output=teacher.nemo
     python examples/import_hf_llama.py source=student-hf output=student.nemo keep_layers=[0,15,31]
@@ -18,7 +18,7 @@ from nemo_kd.process import announce, answer_help, user_errors
 def main(config: DictConfig) -> None:
     with user_errors():
         announce(config)
-        from nemo_kd.nemo.hf_import import (
+        from nemo_kd.nemo.hf.importer import (
             import_hf_llama,  # seconds of imports, once the config is read
         )
 

@@ -23,15 +23,15 @@ from tqdm import tqdm
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache, inspection
 from nemo_kd.cache.importing import read_samples
 from nemo_kd.cache.layout import MANIFEST_NAME
-from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint
+from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint, vocabulary_of
 
 CONF = Path(__file__).parent / "conf"
 # Command: its YAML in CONF, which also names the function; the module of nemo_kd.nemo; help.
 RUNS = {
     "dump": ("dump_teacher_topk", "dump", "run the teacher once: a cache of its top-K"),
     "train": ("train_kd_sft", "train", "train a student on a cache"),
-    "import-hf": ("import_hf_llama", "hf_import", "turn a Hugging Face checkpoint into a .nemo"),
-    "export-hf": ("export_hf_llama", "hf_export", "turn a .nemo into a Hugging Face checkpoint"),
+    "import-hf": ("import_hf_llama", "hf.importer", "turn a Hugging Face checkpoint into a .nemo"),
+    "export-hf": ("export_hf_llama", "hf.exporter", "turn a .nemo into a Hugging Face checkpoint"),
 }
 
 
@@ -299,6 +299,7 @@ def _import(arguments: argparse.Namespace) -> int:
         selection={"kind": "top_k", "k": arguments.k, "temperature": arguments.temperature},
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary=vocabulary_of(tokenizer),
         teacher_fingerprint=arguments.teacher,
         sources=tuple(fingerprint_file(file) for file in arguments.files),
         # What the student's dataset reads of it. Nothing else is known of how the tokens were made.

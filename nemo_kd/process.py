@@ -21,8 +21,7 @@ from tqdm import tqdm
 STOPPED = 128 + signal.SIGTERM
 _EXIT_S = 10  # what an exit on SIGTERM may take
 # Seconds in which torchrun and srun end the other ranks after the first one has ended.
-_PRECEDENCE_S = 3
-
+_PRECEDENCE_S = 6
 
 # Keys of the four runs' YAML files that name what is read and what is written.
 _READ = (

@@ -20,8 +20,9 @@ from nemo_kd.vocab_parallel import (
     vocab_shard_range,
 )
 
-# Of one chunk of tokens in float32; `sample` allocates four times as much besides.
-_CHUNK_BYTES = 16 * 2**20
+# Of one chunk of tokens in float32; `sample` allocates four times as much besides. On a GPU a chunk
+# is large, because each is a dozen kernels.
+_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 # The most probable entry has a mass of 2^40, so that a sum over 2^22 entries fits an int64.
 _MASS_BITS = 40
 
@@ -105,7 +106,8 @@ def select_teacher_rows(
     """
     _check_vocabulary(config, vocab_size, logits.shape[-1] * num_vocab_shards(tp_group))
     start, _ = vocab_shard_range(logits.shape[-1], tp_group)
-    tokens_per_chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    chunk_bytes = _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES["cuda"])
+    tokens_per_chunk = max(1, chunk_bytes // (4 * logits.shape[-1]))
     chunks = (
         _scaled(chunk, config.temperature, num_ids=max(0, vocab_size - start))
         for chunk in torch.split(logits, tokens_per_chunk)
@@ -241,7 +243,7 @@ def _draw(
     ids = all_reduce_sum(torch.where((targets >= 0) & (targets < own), ids, 0), tp_group)
     ids, counts = (part[:, :vocab_size] for part in _count(ids))
     log_probs = (counts.double() / config.num_draws).log().float()
-    log_probs[~top.isfinite()] = torch.nan
+    log_probs.masked_fill_(~top.isfinite()[:, None], torch.nan)
     return TeacherRows(ids.int(), log_probs, log_probs.new_full((len(ids),), -torch.inf))
 
 

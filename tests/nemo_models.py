@@ -7,13 +7,19 @@ import torch
 from omegaconf import OmegaConf, open_dict
 
 
-def restore(path: Path, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> Any:
-    """The .nemo as a plain MegatronGPTSFTModel, on the ranks of this run."""
+def restore(
+    path: Path,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    model_class: Any = None,
+) -> Any:
+    """The .nemo as a plain MegatronGPTSFTModel or a subclass, on the ranks of this run."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
     )
 
     from nemo_kd.nemo import cpu_backend
+    from nemo_kd.nemo.integrity import restore_model
     from nemo_kd.nemo.nemo_file import read_model_config
     from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
 
@@ -32,7 +38,7 @@ def restore(path: Path, tensor_parallel_size: int = 1, pipeline_parallel_size: i
     }
     trainer = build_trainer(OmegaConf.create(run))
     initialize_model_parallel(trainer, config)
-    return MegatronGPTSFTModel.restore_from(str(path), override_config_path=config, trainer=trainer)
+    return restore_model(model_class or MegatronGPTSFTModel, str(path), "path", config, trainer)
 
 
 def local_logits(

@@ -47,8 +47,8 @@ def check_of(name: str) -> Callable[[DictConfig], Any]:
 
         return check_settings
 
-    from nemo_kd.nemo.hf_export import export_hf_llama
-    from nemo_kd.nemo.hf_import import import_hf_llama
+    from nemo_kd.nemo.hf.exporter import export_hf_llama
+    from nemo_kd.nemo.hf.importer import import_hf_llama
 
     convert = {"import_hf_llama": import_hf_llama, "export_hf_llama": export_hf_llama}[name]
 

@@ -153,7 +153,7 @@ def test_an_unpacked_nemo(nemos: dict[str, Path], tmp_path: Path) -> None:
     shard = next(directory.rglob("*_1.distcp"))
     with open(shard, "r+b") as stream:
         stream.truncate(shard.stat().st_size - 1)
-    with pytest.raises(ValueError, match=r"_1.distcp has \d+ bytes, and .metadata lists \d+"):
+    with pytest.raises(ValueError, match=r"_1.distcp does not have the parts .* got \d+"):
         check_files(directory, "key")
     shard.unlink()
     with pytest.raises(ValueError, match=r"model_weights/__0_1.distcp is missing"):
@@ -209,6 +209,21 @@ def test_no_export_of_damaged_weights(nemos: dict[str, Path], tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.nemo"]
 
 
+def test_an_unreadable_source_is_not_a_full_disk(nemos: dict[str, Path], tmp_path: Path) -> None:
+    """A disk that fails where the export reads, as a read of /proc/self/mem at 0 does."""
+    source = tmp_path / "student"
+    shutil.unpack_archive(nemos["tied"], source, "tar")
+    weights = source / "model_weights" / "common.pt"
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")
+    output = run_example(
+        "export_hf_llama.py", f"source={source}", f"output={tmp_path / 'hf'}", succeeds=False
+    )
+    line = refused(output)
+    assert f"source: {source} is not as it was written: " in line
+    assert "cannot write" not in line
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory, nemos: dict[str, Path], cache: Path) -> Path:
     """The directory of a run of two steps."""
@@ -244,6 +259,34 @@ def test_a_damaged_checkpoint_is_named_before_resuming(
     shutil.rmtree(last(logs))  # as the line says
     output = run_example(SCRIPT, *run)
     assert "trained 2 steps, to step 4" in output
+
+
+def test_a_given_checkpoint_is_checked_and_stays(
+    half: Path, nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(last(half), other)
+    key = "exp_manager.resume_from_checkpoint"
+
+    def run(path: Path, *more: str) -> list[str]:
+        return arguments(nemos["tied"], cache, tmp_path / "run", f"+{key}={path}", *more)
+
+    for path in (tmp_path / "none", tmp_path):
+        line = refused(run_example(SCRIPT, *run(path), succeeds=False))
+        assert f"{key}: expected a checkpoint of a run, found none at {path}" in line
+    file = other / "__0_0.distcp"
+    whole = file.read_bytes()
+    flip(file, len(whole) // 2)
+    line = refused(run_example(SCRIPT, *run(other), succeeds=False))
+    assert f"{key}: {other} is not as it was written: __0_0.distcp is damaged" in line
+    file.write_bytes(whole)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    output = run_example(SCRIPT, *run(other, "trainer.max_steps=4"))
+    assert f"no whole checkpoint, the run starts from {other}" in output
+    assert "trained 2 steps, to step 4" in output
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    output = run_example(SCRIPT, *run(other, "trainer.max_steps=5"))
+    assert "trained 1 steps, to step 5" in output
 
 
 def test_damaged_settings_of_a_run(

@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
 from nemo_models import local_logits
 from omegaconf import OmegaConf
-from runs import run_example
+from runs import dump_arguments, run_example, scalars, train_arguments
 from safetensors import safe_open
 
-from nemo_kd.nemo.hf_export import kept_fields
-from nemo_kd.nemo.hf_llama import ARCHITECTURE, hf_config
+from nemo_kd.cache import TopKCache
+from nemo_kd.nemo.hf.exporter import kept_fields
+from nemo_kd.nemo.hf.families import LLAMA, family_of_nemo
+from nemo_kd.nemo.nemo_file import load_weights, read_model_config
 
 CONFIG = (  # the settings that the model's outputs depend on
     "vocab_size",
@@ -23,14 +26,18 @@ CONFIG = (  # the settings that the model's outputs depend on
     "num_attention_heads",
     "num_key_value_heads",
     "max_position_embeddings",
-    "rms_norm_eps",
     "rope_theta",
-    "rope_scaling",
     "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
     "torch_dtype",
     "initializer_range",
+    "hidden_act",
+    "head_dim",
+    "rms_norm_eps",
+    "norm_eps",
+    "partial_rotary_factor",
+    "rope_scaling",
 )
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -47,7 +54,13 @@ GENERATION = {"eos_token_id": [1, 5], "do_sample": False, "temperature": 0.6, "t
 @pytest.fixture(scope="module")
 def more_models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> dict[str, Path]:
     """What the Llamas of conftest lack: biases, spare rows, half precision, scaled RoPE, ..."""
-    from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+    from transformers import (
+        AutoModelForCausalLM,
+        MistralConfig,
+        NemotronConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
 
     shared = {
         "vocab_size": len(hf_tokenizer),
@@ -76,6 +89,19 @@ def more_models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> 
             sliding_window=None,
             rope_scaling=LLAMA3_ROPE,
             torch_dtype=torch.bfloat16,
+        ),
+        # As in the family's own models, the heads together are wider than the hidden state.
+        "qwen3": Qwen3Config(
+            **shared | {"num_hidden_layers": 2, "rms_norm_eps": 1e-6},
+            head_dim=24,
+            rope_theta=1e6,
+            tie_word_embeddings=True,
+        ),
+        "nemotron": NemotronConfig(
+            **{key: value for key, value in shared.items() if key != "rms_norm_eps"},
+            norm_eps=1e-4,
+            head_dim=24,
+            partial_rotary_factor=0.5,
         ),
     }
     paths = {}
@@ -124,18 +150,20 @@ def load_reference(name: str, source: Path) -> Any:
     return reference
 
 
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_nemo_computes_the_logits(
-    more_models: dict[str, Path], more_nemos: dict[str, Path]
+    more_models: dict[str, Path], more_nemos: dict[str, Path], tensor_parallel_size: int
 ) -> None:
     tokens = torch.randint(401, (2, 100), generator=torch.Generator().manual_seed(0))
-    shards = run_distributed(local_logits, 2, list(more_nemos.values()), tokens)
+    nemos = list(more_nemos.values())
+    shards = run_distributed(local_logits, tensor_parallel_size, nemos, tokens)
     for index, (name, source) in enumerate(more_models.items()):
         hf = load_reference(name, source).float()
         ours = torch.cat([rank[index] for rank in shards], dim=-1)[..., : hf.config.vocab_size]
         with torch.no_grad():
             theirs = hf(tokens).logits
         # Sums in another order.
-        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -146,7 +174,7 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["tied", "untied", "qwen2", "mistral", "qwen3", "nemotron"])
 def test_round_trip(
     name: str,
     hf_llamas: dict[str, Path],
@@ -176,9 +204,10 @@ def test_round_trip(
         assert torch.equal(exported[weight], tensor), weight
 
     own, theirs = AutoConfig.from_pretrained(output), AutoConfig.from_pretrained(source)
-    assert own.model_type == ("qwen2" if name == "qwen2" else "llama")
+    assert own.model_type == (name if name in ("qwen2", "qwen3", "nemotron") else "llama")
     for key in CONFIG:
-        assert getattr(own, key) == getattr(theirs, key), key
+        if hasattr(theirs, key):
+            assert getattr(own, key) == getattr(theirs, key), key
     if name == "qwen2":
         assert json.loads((output / "generation_config.json").read_text()) == GENERATION
 
@@ -189,6 +218,68 @@ def test_round_trip(
     generated = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
     assert torch.equal(generated, reference.generate(**inputs, max_new_tokens=60, do_sample=False))
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("qwen3", "nemotron"), ("nemotron", "qwen3")])
+def test_dump_and_train(
+    teacher: str,
+    student: str,
+    more_models: dict[str, Path],
+    more_nemos: dict[str, Path],
+    jsonl: Path,
+    tmp_path: Path,
+) -> None:
+    """Qwen3 and Nemotron, each as a teacher and as a student."""
+    from transformers import AutoModelForCausalLM
+
+    cache, save_to = tmp_path / "cache", tmp_path / "kd.nemo"
+    run_example("dump_teacher_topk.py", *dump_arguments(more_nemos[teacher], jsonl, cache))
+    hf = AutoModelForCausalLM.from_pretrained(more_models[teacher])
+    for sample in TopKCache.open(cache):
+        tokens = torch.from_numpy(sample.tokens).long()
+        predicted = sample.loss_mask.nonzero()[0]
+        with torch.no_grad():
+            rows = hf(tokens[None]).logits[0, predicted - 1].log_softmax(-1)
+        # float16 holds log-probs down to -16 to 0.008.
+        np.testing.assert_allclose(sample.topk_log_probs, rows.topk(8).values, atol=1e-2)
+
+    arguments = train_arguments(more_nemos[student], cache, cache, tmp_path / "logs")
+    run_example(
+        "train_kd_sft.py",
+        *(*arguments, f"save_to={save_to}", "trainer.max_steps=2", "model.optim.lr=1e-2"),
+    )
+    curves = scalars(tmp_path / "logs")
+    assert len(curves["kd_loss"]) == 2
+    assert np.isfinite(curves["kd_loss"]).all()
+    run_example("export_hf_llama.py", f"source={save_to}", f"output={tmp_path / 'hf'}")
+    exported, before = weights_of(tmp_path / "hf"), weights_of(more_models[student])
+    assert exported.keys() == before.keys()
+    unchanged = [name for name, tensor in before.items() if torch.equal(exported[name], tensor)]
+    assert not unchanged, "every weight has a gradient"
+    # A GPU builds the model by these two keys: see families.py.
+    config = read_model_config(str(save_to), "source")
+    assert config.get("bias_activation_fusion", True) == (student == "qwen3")
+    assert config.get("name", "") == ("decoder_block_gpt" if student == "qwen3" else "")
+
+
+def test_norms_of_q_and_k_learn_from_all_heads(
+    more_nemos: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """NeMo leaves each rank with the gradient of its own heads."""
+    weights = []
+    for size in (1, 2):
+        save_to = tmp_path / f"{size}.nemo"
+        run_example(
+            "train_kd_sft.py",
+            *train_arguments(more_nemos["qwen3"], cache, cache, tmp_path / f"logs-{size}"),
+            f"model.tensor_model_parallel_size={size}",
+            *("model.optim.lr=1e-2", "trainer.max_steps=2", f"save_to={save_to}"),
+            processes=size,
+        )
+        weights.append(load_weights(str(save_to), str(tmp_path)))
+    one, two = weights
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +303,7 @@ def test_ids_of_tokens_fit_the_tokenizer(
 )
 def test_another_architecture_is_not_exported(key: str) -> None:
     with pytest.raises(ValueError, match=f"got one with {key}: 2"):
-        hf_config(OmegaConf.create({**ARCHITECTURE, key: 2}), {})
+        family_of_nemo(OmegaConf.create({**LLAMA.architecture, key: 2}))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +316,7 @@ def test_another_architecture_is_not_exported(key: str) -> None:
             ["source=NEMO", "output=hf", "dtype=int4"],
             "dtype: expected one of 'bfloat16', 'float16', 'float32', or null",
         ),
-        (["source=OTHER", "output=hf"], "of the Llama family (normalization: rmsnorm), got"),
+        (["source=OTHER", "output=hf"], "is Llama (normalization: rmsnorm), got normalization: "),
     ],
     ids=["no source", "no .nemo", "output exists", "no such dtype", "another architecture"],
 )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_kd.nemo.hf_fields import check_fields, check_gguf, read_rope
-from nemo_kd.nemo.hf_import import load_source
+from nemo_kd.nemo.hf.fields import check_fields, check_gguf, read_rope
+from nemo_kd.nemo.hf.importer import load_source
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 401}
 LLAMA3 = {
@@ -73,17 +73,42 @@ TRANSFORMERS_5 = {
         "layer_types": ["full_attention"] * 2,
         "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0},
     },
+    "qwen3": BASE_5
+    | {
+        "model_type": "qwen3",
+        "head_dim": 128,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 28,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    },
+    "nemotron": {key: value for key, value in BASE_5.items() if key != "rms_norm_eps"}
+    | {
+        "model_type": "nemotron",
+        "hidden_act": "relu2",
+        "norm_eps": 1e-5,
+        "head_dim": 16,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {
+            "rope_theta": 1e4,
+            "rope_type": "default",
+            "partial_rotary_factor": 0.25,
+        },
+    },
 }
 PLAIN = {"model_type": "llama", **SIZES}
+NEMOTRON = {"model_type": "nemotron", **SIZES}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("model_type", sorted(TRANSFORMERS_5))
 def test_every_field_of_transformers_is_known(model_type: str) -> None:
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config
+    from transformers import AutoConfig
 
-    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
     window = {"sliding_window": None} if model_type == "mistral" else {}
-    check_fields(classes[model_type](**SIZES, **window).to_dict())
+    check_fields(AutoConfig.for_model(model_type, **SIZES, **window).to_dict())
     check_fields(TRANSFORMERS_5[model_type])
 
 
@@ -106,13 +131,43 @@ def test_every_field_of_transformers_is_known(model_type: str) -> None:
 def test_rope_of_both_versions(
     fields: dict[str, Any], theta: float, scaling: dict[str, Any] | None
 ) -> None:
-    assert read_rope(fields) == (theta, scaling)
+    read = read_rope({"model_type": "llama"} | fields)
+    assert (read["rope_theta"], read["rope_scaling"]) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        (NEMOTRON, 0.5),
+        (NEMOTRON | {"partial_rotary_factor": 0.25}, 0.25),
+        (TRANSFORMERS_5["nemotron"], 0.25),
+    ],
+    ids=["left out", "4", "5"],
+)
+def test_partial_rope_of_both_versions(fields: dict[str, Any], share: float) -> None:
+    assert read_rope(fields)["partial_rotary_factor"] == share
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "qwen3"}, "expected model_type llama or mistral or qwen2, got qwen3"),
+        (
+            {"model_type": "gemma"},
+            "expected model_type llama or mistral or qwen2 or qwen3 or nemotron, got gemma",
+        ),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias False, got True"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window False"),
+        ({"model_type": "qwen3", "rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        (NEMOTRON | {"hidden_act": "silu"}, "expected hidden_act relu2, got 'silu'"),
+        (NEMOTRON | {"rms_norm_eps": 1e-6}, "rms_norm_eps: 1e-06, a field"),
+        (NEMOTRON | {"mlp_bias": True}, "expected mlp_bias False, got True"),
+        (NEMOTRON | {"sliding_window": 64}, "sliding-window"),
+        (NEMOTRON | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "a RoPE of default ()"),
+        (
+            NEMOTRON
+            | {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            "two values of partial_rotary_factor",
+        ),
         ({"hidden_act": "gelu"}, "expected hidden_act silu or swish, got 'gelu'"),
         ({"attention_bias": True}, "expected attention_bias False, got True"),
         ({"mlp_bias": True}, "expected mlp_bias False, got True"),
@@ -156,16 +211,22 @@ def test_another_function_is_refused(fields: dict[str, Any], message: str) -> No
         ({"expert_count": 8}, "output_norm.weight", "llama.expert_count"),
         ({}, "rope_freqs.weight", "rope_freqs.weight"),
         ({}, "blk.0.attn_q_norm.weight", "blk.0.attn_q_norm.weight"),
+        ({"architecture": "nemotron"}, "output_norm.weight", "a llama or a qwen2, got nemotron"),
     ],
-    ids=["plain", "head size", "other key size", "scaled", "experts", "scaled freqs", "q norm"],
+    ids=[
+        *("plain", "head size", "other key size", "scaled", "experts", "scaled freqs", "q norm"),
+        "other architecture",
+    ],
 )
-def test_gguf(fields: dict[str, int], tensor: str, message: str | None, tmp_path: Path) -> None:
+def test_gguf(fields: dict[str, Any], tensor: str, message: str | None, tmp_path: Path) -> None:
     from gguf import GGUFReader, GGUFWriter
 
-    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    architecture = fields.get("architecture", "llama")
+    fields = {name: value for name, value in fields.items() if name != "architecture"}
+    writer = GGUFWriter(tmp_path / "model.gguf", architecture)
     own = {"embedding_length": 64, "attention.head_count": 4, "rope.dimension_count": 16} | fields
     for name, value in own.items():
-        writer.add_uint32(f"llama.{name}", value)
+        writer.add_uint32(f"{architecture}.{name}", value)
     writer.add_tensor(tensor, np.ones(64, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

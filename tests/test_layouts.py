@@ -1,7 +1,12 @@
 """A layout, a batch or a length that does not fit the model stops with one sentence."""
 
+import re
+from pathlib import Path
+
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+from runs import EXAMPLES
 
 from nemo_kd.layout import check_layout, check_sequence_length, check_slices
 from nemo_kd.student.dataset import padding_multiple
@@ -186,3 +191,45 @@ def test_batches_are_padded_to_what_the_ranks_divide(
     layout = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
     config = OmegaConf.create(layout | {"sequence_parallel": sequence_parallel})
     check_slices(config, padding_multiple(config), "the batch")
+
+
+OVERLAPS = {
+    "virtual_pipeline_model_parallel_size=2": "expected null, got 2",
+    "ub_tp_comm_overlap=true": "ub_tp_comm_overlap=true needs pad_to_max_length=true",
+    "defer_embedding_wgrad_compute=true": "defer_embedding_wgrad_compute: expected false with",
+}
+
+
+@pytest.mark.parametrize("override", OVERLAPS)
+def test_overlaps_that_cannot_be_are_refused(override: str) -> None:
+    from nemo_kd.nemo.train import check_overlaps
+
+    fused = "model.knowledge_distillation.fuse_output_layer=true"
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        config = compose("train_kd_sft", [f"+model.{override}", fused])
+        plain = compose("train_kd_sft", [fused])
+    with pytest.raises(ValueError, match=re.escape(OVERLAPS[override])):
+        check_overlaps(config.model)
+    check_overlaps(plain.model)
+
+
+def test_what_a_student_was_trained_with_is_not_inherited(nemos: dict[str, Path]) -> None:
+    from nemo_kd.nemo.nemo_file import read_model_config
+    from nemo_kd.nemo.train import merge_model_config
+
+    student = read_model_config(str(nemos["tied"]), "student")
+    set_before = {
+        "virtual_pipeline_model_parallel_size": 2,
+        "ub_tp_comm_overlap": True,
+        "defer_embedding_wgrad_compute": True,
+    }
+    with open_dict(student):
+        student.update(set_before)
+    directory = nemos["tied"].parent
+    with initialize_config_dir(str(EXAMPLES / "conf"), version_base=None):
+        files = [
+            f"model.data.{name}_ds.file_names=[{directory}]" for name in ("train", "validation")
+        ]
+        config = compose("train_kd_sft", files)
+    merged = merge_model_config(config, student)
+    assert [bool(merged[key]) for key in set_before] == [False] * 3

@@ -23,6 +23,8 @@ from nemo_kd.cache.codec import LogProbs, PackedCodec, Rows
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "examples" / "conf"
 K = 100
+# Keys of NeMo's that the YAML leaves out, so that those of a .nemo stay.
+NEMOS_OWN = ("overlap_grad_sync", "apply_rope_fusion", "gradient_accumulation_fusion")
 GPU_GB = 80
 LLM = "collections/llm/gpt/model"  # of NeMo
 
@@ -49,6 +51,14 @@ class Shape:
         bias = head_dim * (self.heads + 2 * self.groups) * self.qkv_bias
         norms = 2 * self.hidden * (1 if self.gated else 2)  # Nemotron's have a bias
         return attention + bias + (2 + self.gated) * self.hidden * self.ffn + norms
+
+    @property
+    def values_per_token(self) -> int:
+        """What a layer keeps of a token for its backward pass."""
+        norms = 4 * self.hidden  # what goes into each of the two, and what comes out
+        key_or_value = self.hidden // self.heads * self.groups
+        attention = 2 * self.hidden + 2 * key_or_value  # query, key, value, and what comes out
+        return norms + attention + (2 + self.gated) * self.ffn
 
     def num_parameters(self, vocab_rows: int) -> int:
         norm = self.hidden * (1 if self.gated else 2)
@@ -152,6 +162,10 @@ def test_sizes_divide(name: str) -> None:
         assert run.tensor <= run.config.trainer.devices, "tensor parallelism within a node"
         assert settings.sequence_parallel == (run.tensor > 1)
         assert run.config.trainer.precision == "bf16-mixed"
+    on_gpu = not student.on_cpu
+    assert student.config.model.get("apply_rope_fusion", False) == on_gpu
+    assert student.config.model.get("gradient_accumulation_fusion", False) == on_gpu
+    assert teacher.config.teacher.get("apply_rope_fusion", False) == on_gpu
     assert student.config.model.pipeline_model_parallel_size == 1, "docs/sizing.md counts so"
     data = student.config.model.data
     for source in (data.train_ds, data.validation_ds):
@@ -161,7 +175,7 @@ def test_sizes_divide(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_only_what_differs(name: str) -> None:
-    """And every key of it is one of the YAML's own, or NeMo's for its distributed optimizer."""
+    """And every key of it is one of the YAML's own, or one of NEMOS_OWN."""
     for file, entry in ((name, "train_kd_sft"), (f"{name}_dump", "dump_teacher_topk")):
         settings = OmegaConf.load(CONF / "experiment" / f"{file}.yaml")
         base = OmegaConf.to_container(OmegaConf.load(CONF / f"{entry}.yaml"))
@@ -172,7 +186,7 @@ def test_a_preset_holds_only_what_differs(name: str) -> None:
             if path[-1] in known:
                 assert known[path[-1]] != value, path
             else:
-                assert path == ("model", "optim", "overlap_grad_sync")
+                assert path[-1] in NEMOS_OWN
 
 
 def leaves(
@@ -301,7 +315,7 @@ def student_gb(run: Run) -> dict[str, float]:
     logits = run.logits_bytes(data.micro_batch_size, data.max_seq_length)
     weight_gradient = 4 * run.padded_vocab_size / run.tensor * shape.hidden
     block = min(logits, 2**26 if run.on_cpu else 2**29)
-    activations = 34 / 2 * value_bytes * tokens * shape.hidden * shape.num_layers / run.tensor
+    activations = value_bytes * tokens * shape.values_per_token * shape.num_layers / run.tensor
     sizes = {
         "weights": value_bytes * parameters,
         "gradients": 4 * parameters,
@@ -317,8 +331,9 @@ def teacher_gb(run: Run) -> tuple[float, float]:
     """Weights and logits of one GPU."""
     value_bytes = 4 if run.on_cpu else 2
     data = run.config.data
-    logits = run.logits_bytes(data.micro_batch_size, data.max_seq_length)
-    return value_bytes * run.local_parameters / 1e9, logits / 1e9
+    logits = run.logits_bytes(data.micro_batch_size, data.max_seq_length) * 4 / value_bytes
+    block = min(logits, 2**26 if run.on_cpu else 2**29)
+    return value_bytes * run.local_parameters / 1e9, 2 * block / 1e9
 
 
 def packed_row_bytes(vocab_size: int) -> float:

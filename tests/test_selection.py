@@ -54,7 +54,7 @@ def assert_rows(rows: TeacherRows, name: str, config: SelectionConfig) -> None:
 
 
 def on_every_rank(rank: int, world_size: int) -> dict[tuple[str, str], TeacherRows]:
-    nemo_kd.selection._CHUNK_BYTES = 4 * COLUMNS  # one to four tokens a chunk of nine
+    nemo_kd.selection._CHUNK_BYTES["cpu"] = 4 * COLUMNS  # one to four tokens a chunk of nine
     shard = slice(rank * COLUMNS // world_size, (rank + 1) * COLUMNS // world_size)
     return {
         (name, key): select_teacher_rows(
@@ -81,7 +81,7 @@ def test_sharded_rows(ranks: list[dict[tuple[str, str], TeacherRows]], name: str
 @pytest.mark.parametrize("key", CONFIGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows(name: str, key: str, tokens_a_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nemo_kd.selection, "_CHUNK_BYTES", 4 * COLUMNS * tokens_a_chunk)
+    monkeypatch.setitem(nemo_kd.selection._CHUNK_BYTES, "cpu", 4 * COLUMNS * tokens_a_chunk)
     logits = teacher_logits(name)
     before = logits.clone()
     assert_rows(select_teacher_rows(logits, CONFIGS[key], VOCAB_SIZE), name, CONFIGS[key])

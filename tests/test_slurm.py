@@ -24,6 +24,7 @@ SCRIPTS = ("dump_array.sh", "train.sh")
 # Notes its own options, and the processes that it starts: Slurm signals these, not the script.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do echo "$1" >> "$NOTES/srun"; shift; done
+env > "$NOTES/environment"
 export SLURM_NTASKS=$SLURM_NTASKS_PER_NODE SLURM_NNODES=1 SLURM_NODEID=0 tasks=()
 for ((task = 0; task < SLURM_NTASKS; task++)); do
   SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
@@ -131,6 +132,7 @@ def test_an_array_fills_one_cache(
     status, output = cluster.run("dump_array.sh", *arguments, job=72)
     assert status == 0, output
     assert "the cache is whole" in output
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in cluster.noted("environment")
     assert cluster.noted("scontrol") == ["requeue 71"]
     for sample, expected in zip(TopKCache.open(path), TopKCache.open(cache), strict=True):
         np.testing.assert_array_equal(sample.tokens, expected.tokens)

@@ -313,6 +313,69 @@ def test_micro_batches_without_supervised_tokens_weigh_nothing(
         np.testing.assert_allclose(curves[0][name], curves[1][name], rtol=1e-5, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def one_micro_batch(
+    tmp_path_factory: pytest.TempPathFactory, nemos: dict[str, Path], cache: Path
+) -> dict[str, dict[str, list[float]]]:
+    """Four steps of each reduction, where a global batch is one micro batch of one replica."""
+    directory = tmp_path_factory.mktemp("reduction")
+    for reduction in ("micro_batch", "token"):
+        run_reduction(nemos["tied"], cache, directory / reduction, reduction, 4)
+    return {path.name: scalars(path) for path in directory.iterdir()}
+
+
+def run_reduction(
+    student: Path, cache: Path, logs: Path, reduction: str, size: int, *more: str, **options: Any
+) -> None:
+    run_example(
+        "train_kd_sft.py",
+        *train_arguments(student, cache, cache, logs, *more),
+        f"model.loss_reduction={reduction}",
+        f"model.data.train_ds.micro_batch_size={size}",
+        **options,
+    )
+
+
+REDUCED = ("reduced_train_loss", "grad_norm", "kd_loss", "sft_loss", "teacher_entropy")
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "processes"),
+    [(1, [], 1), (2, [], 2), (1, [], 2), (1, [FUSED], 1), (2, [PP2], 2)],
+    ids=["accumulated", "DP=2", "DP=2, accumulated", "output layer fused in", "PP=2"],
+)
+def test_tokens_weigh_alike_however_samples_are_cut(
+    size: int,
+    layout: list[str],
+    processes: int,
+    one_micro_batch: dict[str, dict[str, list[float]]],
+    nemos: dict[str, Path],
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    run_reduction(nemos["tied"], cache, tmp_path, "token", size, *layout, processes=processes)
+    found, expected = scalars(tmp_path), one_micro_batch["token"]
+    for name in REDUCED:
+        # Of the first step, which starts with the same weights; Adam enlarges what rounding does.
+        np.testing.assert_allclose(found[name][0], expected[name][0], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, err_msg=name)
+
+
+def test_a_micro_batch_is_the_unit_unless_tokens_are(
+    one_micro_batch: dict[str, dict[str, list[float]]],
+    nemos: dict[str, Path],
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    run_reduction(nemos["tied"], cache, tmp_path, "micro_batch", 1)
+    found = scalars(tmp_path)
+    for name in REDUCED:
+        # One micro batch is the same by both; four are not, because answers differ in length.
+        whole = one_micro_batch["micro_batch"][name]
+        np.testing.assert_allclose(whole, one_micro_batch["token"][name], rtol=1e-6, err_msg=name)
+        assert abs(found[name][0] / whole[0] - 1) > 1e-3, name
+
+
 def test_nothing_to_learn_from_is_refused(
     nemos: dict[str, Path], cache: Path, jsonl: Path, tmp_path: Path
 ) -> None:

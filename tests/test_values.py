@@ -32,8 +32,8 @@ def check_of(name: str) -> Callable[[DictConfig], None]:
         from nemo_kd.nemo.dump import check_settings
 
         return check_settings
-    from nemo_kd.nemo.hf_export import export_hf_llama
-    from nemo_kd.nemo.hf_import import import_hf_llama
+    from nemo_kd.nemo.hf.exporter import export_hf_llama
+    from nemo_kd.nemo.hf.importer import import_hf_llama
 
     return {"import_hf_llama": import_hf_llama, "export_hf_llama": export_hf_llama}[name]
 
@@ -125,6 +125,10 @@ def test_a_missing_value_is_named(name: str, monkeypatch: pytest.MonkeyPatch) ->
         ("trainer.val_check_interval=-1", "trainer.val_check_interval: expected an integer of"),
         ("exp_manager.checkpoint_callback_params.monitor=val_los", "expected one of validation_"),
         ("model.optim.betas=[0.9]", "model.optim.betas: expected a list [...] of 2 values"),
+        (
+            "model.loss_reduction=sum",
+            "model.loss_reduction: expected one of 'micro_batch', 'token'",
+        ),
         ("trainer=5", "trainer: expected a section of keys, got 5"),
     ],
 )

@@ -24,7 +24,9 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 _CONTEXT = multiprocessing.get_context("forkserver")
-_NEMO = [f"nemo_kd.nemo.{name}" for name in ("dump", "train", "model", "hf_import", "hf_export")]
+_NEMO = [
+    f"nemo_kd.nemo.{name}" for name in ("dump", "train", "model", "hf.importer", "hf.exporter")
+]
 # One environment has one host.
 _CONTEXT.set_forkserver_preload(_NEMO if find_spec("nemo") else ["import_bridge"])
 

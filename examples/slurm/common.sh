@@ -20,6 +20,11 @@ run_example() {
       "--container-workdir=$PWD"
     )
   fi
+  # One queue of kernels keeps the order in which Megatron starts collectives and products, which
+  # lets them overlap under tensor parallelism. Expandable segments: batches differ in length, and
+  # blocks of fixed sizes would leave memory in pieces.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
   # --wait: when a process fails, the others have a minute to end by themselves.
   srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" python "$examples/$script" "$@"
   status=$?

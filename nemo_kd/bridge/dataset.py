@@ -16,7 +16,6 @@ from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 
 from nemo_kd.bridge.models import tokenizer_config
 from nemo_kd.cache import SourceFile, TopKCache
-from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat.lines import check_files
 from nemo_kd.chat.samples import (
     RenderedSamples,
@@ -27,9 +26,11 @@ from nemo_kd.chat.samples import (
 )
 from nemo_kd.config import DataConfig
 from nemo_kd.loss import KDLossConfig
+from nemo_kd.process import say
 from nemo_kd.student.dataset import CacheSamples
 from nemo_kd.student.fit import check_fits
 from nemo_kd.student.sets import Blend, Sets
+from nemo_kd.student.vocabulary import check_lacking
 
 
 class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
@@ -158,14 +159,10 @@ def check_sets(dataset: KDCaches, hf_path: str) -> int:
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
     sizes = []
     for path in (*dataset.train_caches, *dataset.validation_caches):
-        cache = TopKCache.open(path)
-        check_fits(
-            cache,
-            dataset.objective,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            max_seq_length=dataset.seq_length,
-        )
+        cache, length = TopKCache.open(path), dataset.seq_length
+        ids = check_fits(cache, dataset.objective, tokenizer=tokenizer, max_seq_length=length)
+        if line := check_lacking(cache, ids):
+            say(line)
         sizes.append(len(cache))
     del sizes[: len(dataset.train_caches)]
     sizes += [

@@ -14,10 +14,14 @@ _WINDOW_BYTES = 8
 
 def pack(values: Array, widths: Array | int) -> Array:
     """The lowest `widths` bits of each value, one after the other, as uint8."""
-    widths = np.broadcast_to(widths, values.shape)
-    places = np.arange(widths.max(initial=0))
-    bits = values[:, None] >> places & 1
-    return np.packbits(bits[places < widths[:, None]].astype(bool), bitorder="little")
+    widest = int(np.max(widths, initial=0))
+    if widest == 0:
+        return np.empty(0, np.uint8)
+    octets = values.astype("<i8").view(np.uint8).reshape(-1, 8)[:, : num_bytes(widest)]
+    bits = np.unpackbits(octets, axis=1, count=widest, bitorder="little")
+    if np.min(widths) < widest:
+        bits = bits[np.arange(widest) < np.broadcast_to(widths, values.shape)[:, None]]
+    return np.packbits(bits, bitorder="little")
 
 
 def unpack(data: Array, widths: Array | int, count: int) -> Array:
@@ -77,6 +81,16 @@ def rows_and_ranks(lengths: Array) -> tuple[Array, Array]:
     """For each entry of concatenated rows: its row, and its place in the row."""
     rows = np.repeat(np.arange(lengths.size), lengths)
     return rows, np.arange(rows.size) - (np.cumsum(lengths) - lengths)[rows]
+
+
+def as_matrix(values: Array, lengths: Array, filling: float) -> Array:
+    """Concatenated rows as a matrix, each row filled up to the longest."""
+    num_columns = int(lengths.max(initial=0))
+    if values.size == lengths.size * num_columns:
+        return values.reshape(lengths.size, num_columns)
+    matrix = np.full((lengths.size, num_columns), filling, values.dtype)
+    matrix[np.arange(num_columns) < lengths[:, None]] = values
+    return matrix
 
 
 def _elias_fano(lengths: Array, universe: int) -> tuple[Array, Array, int]:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from nemo_kd.cache.bits import (
+    as_matrix,
     num_bytes,
     pack,
     pack_sorted,
-    rows_and_ranks,
     sorted_sizes,
     unpack,
     unpack_sorted,
@@ -40,6 +40,7 @@ _OFFSET = np.float32(1 / 32)
 _DROPPED_BITS = 15
 _FIRST = int(_OFFSET.view(np.uint32)) >> _DROPPED_BITS
 _INFINITE = 4095
+_LARGEST = np.iinfo(np.int64).max
 
 
 class Rows(NamedTuple):
@@ -173,9 +174,7 @@ class PackedCodec:
         return {"packed_rows": np.uint8}
 
     def encode(self, rows: Rows) -> dict[str, Array]:
-        row_of_entry, _ = rows_and_ranks(rows.lengths)
-        order = np.lexsort((rows.ids, row_of_entry))
-        ids, log_probs = rows.ids[order].astype(np.int64), rows.log_probs[order]
+        ids, log_probs = _by_id(rows)
         parts = [
             *pack_sorted(ids, rows.lengths, self.vocab_size),
             *self.values.encode(log_probs, rows.lengths),
@@ -217,9 +216,7 @@ class LogProbs:
     has_tail = True
 
     def encode(self, log_probs: Array, lengths: Array) -> list[Array]:
-        rows, ranks = rows_and_ranks(lengths)
-        listed = np.empty(log_probs.size, bool)
-        listed[np.lexsort((-log_probs, rows))] = ranks < _NUM_LISTED
+        listed = _largest(log_probs, lengths)
         fine = _to_12_bits(log_probs[listed])
         rest, num_rest = log_probs[~listed], _num_rest(lengths)
         starts = np.cumsum(num_rest) - num_rest
@@ -312,6 +309,30 @@ def _to_12_bits(log_probs: Array) -> Array:
 def _from_12_bits(codes: Array) -> Array:
     values = _OFFSET - (codes + _FIRST << _DROPPED_BITS).astype(np.uint32).view(np.float32)
     return np.where(codes == _INFINITE, np.float32(-np.inf), values)
+
+
+def _by_id(rows: Rows) -> tuple[Array, Array]:
+    """Ids int64 [E] and log-probs [E] of the entries, of each row by ascending id."""
+    places = np.arange(rows.ids.size)
+    # An id and the place of its entry in one number, because values sort faster than by a key.
+    keys = as_matrix(rows.ids.astype(np.int64) << 32 | places, rows.lengths, _LARGEST)
+    keys = np.sort(keys, axis=1)
+    keys = keys[keys < _LARGEST]
+    return keys >> 32, rows.log_probs[keys & 0xFFFFFFFF]
+
+
+def _largest(log_probs: Array, lengths: Array) -> Array:
+    """Whether an entry is one of its row's 10 largest; of equal ones, the first are. Bool [E]."""
+    matrix = as_matrix(log_probs, lengths, -np.inf)
+    in_row = np.arange(matrix.shape[1]) < lengths[:, None]
+    if matrix.shape[1] <= _NUM_LISTED:
+        return in_row[in_row]
+    least = -np.partition(-matrix, _NUM_LISTED - 1, axis=1)[:, _NUM_LISTED - 1, None]
+    above = matrix > least
+    equal = (matrix == least) & in_row
+    room = _NUM_LISTED - above.sum(axis=1, keepdims=True)
+    listed: Array = (above | equal & (equal.cumsum(axis=1) <= room))[in_row]
+    return listed
 
 
 def _num_rest(lengths: Array) -> Array:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -15,6 +16,12 @@ READABLE_VERSIONS = (1, 2)
 _SELECTION_KINDS = ("top_k", "top_p", "sample")
 _CODECS = ("raw", "packed")
 _SEAL_KEY = "xxh3_128"
+_OPTIONAL = "vocabulary"  # a key that caches of earlier releases do not have
+_VOCABULARY_TYPES: dict[str, type | tuple[type, ...]] = {
+    "base_fingerprint": str,
+    "added_tokens": dict,
+    "end_id": (int, type(None)),
+}
 _READ_BYTES = 1 << 20
 
 Record = TypeVar("Record", "Manifest", "ShardRecord")
@@ -47,6 +54,8 @@ class Manifest:
         num_samples: samples in the cache, all shards together.
         samples_per_shard: samples in every shard but the last.
         codec: how rows are stored, "raw" or "packed", see nemo_kd.cache.codec.
+        vocabulary: of `vocabulary_of`; empty if nothing is known. It follows from the tokenizer and
+            shapes no row, so that manifests are compared without it.
 
     Raises:
         ValueError: a field of the wrong type, out of range, or unknown to this release.
@@ -62,6 +71,7 @@ class Manifest:
     samples_per_shard: int
     codec: str = "packed"
     format_version: int = FORMAT_VERSION
+    vocabulary: dict[str, Any] = dataclass_field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -74,6 +84,22 @@ class Manifest:
         _check_range("samples_per_shard", self.samples_per_shard, 2**31 - 1)
         _check_range("vocab_size", self.vocab_size, 2**31 - 1)
         self._check_selection()
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        found: Any = {name: self.vocabulary.get(name) for name in _VOCABULARY_TYPES}
+        if not self.vocabulary:
+            return
+        typed = all(isinstance(found[name], kind) for name, kind in _VOCABULARY_TYPES.items())
+        if not typed or self.vocabulary.keys() - found.keys():
+            raise ValueError(
+                f"vocabulary: expected {', '.join(found)}, got {self.vocabulary!r:.80}"
+            )
+        for number in (*found["added_tokens"].values(), found["end_id"] or 0):
+            if type(number) is not int or not 0 <= number < self.vocab_size:
+                raise ValueError(
+                    f"vocabulary: expected ids below {self.vocab_size}, got {number!r}"
+                )
 
     def _check_selection(self) -> None:
         kind: Any = self.selection.get("kind")
@@ -126,7 +152,10 @@ class Manifest:
 
     def differences(self, other: "Manifest") -> list[str]:
         """Each field that differs, as "selection.k: 100 against 64"; empty for equal manifests."""
-        mine, theirs = _flatten(asdict(self)), _flatten(asdict(other))
+        mine, theirs = (
+            _flatten({f.name: getattr(each, f.name) for f in fields(each) if f.compare})
+            for each in (self, other)
+        )
         return [
             f"{key}: {mine.get(key, 'nothing')!r} against {theirs.get(key, 'nothing')!r}"
             for key in sorted(mine.keys() | theirs.keys())
@@ -185,17 +214,44 @@ def fingerprint_model(files: Iterable[Path], settings: str = "") -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any, size: int | None = None) -> str:
     """Hash of what each id of a tokenizer stands for, and of its end token.
 
     Equal for equal tokenizers, wherever their files lie.
 
     Args:
         tokenizer: has `vocab_size`, `eos_id` and `ids_to_tokens`, as NeMo's tokenizers.
+        size: the fingerprint of a tokenizer that has the first `size` tokens alone.
     """
-    tokens = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
-    content = json.dumps([tokens, tokenizer.eos_id], default=str)
-    return xxhash.xxh3_128_hexdigest(content.encode())
+    tokens = tokenizer.ids_to_tokens(list(range(size or tokenizer.vocab_size)))
+    return _hash_json([tokens, tokenizer.eos_id])
+
+
+def vocabulary_of(tokenizer: Any) -> dict[str, Any]:
+    """What tells by which text a student finds the tokens of a tokenizer.
+
+    Returns:
+        `added_tokens`: the id of each added token, special ones too, by its text;
+        `base_fingerprint`: hash of all other ids and their texts; `end_id`: of the end token.
+        Empty if the tokenizer has no added tokens, as those of sentencepiece.
+
+    Args:
+        tokenizer: has `vocab_size`, `eos_id`, `ids_to_tokens`, and as `tokenizer` Hugging Face's.
+    """
+    texts = tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size)))
+    added = set(getattr(getattr(tokenizer, "tokenizer", None), "added_tokens_decoder", ()))
+    if not added:
+        return {}
+    base = [pair for pair in enumerate(texts) if pair[0] not in added]
+    return {
+        "base_fingerprint": _hash_json(base),
+        "added_tokens": {texts[number]: number for number in added if number < len(texts)},
+        "end_id": tokenizer.eos_id,
+    }
+
+
+def _hash_json(content: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, default=str).encode())
 
 
 def record_bytes(record: Manifest | ShardRecord) -> bytes:
@@ -236,6 +292,8 @@ def _dump(record: Manifest | ShardRecord, seal: str) -> bytes:
     content = asdict(record) | {_SEAL_KEY: seal}
     if isinstance(record, Manifest):
         content["value_type"] = record.value_type
+        if not record.vocabulary:
+            del content[_OPTIONAL]
     return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -248,7 +306,8 @@ def _from_json(cls: type[Any], content: Any, where: str = "") -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object, got {content!r}")
     names = {field.name for field in fields(cls)}
-    for problem, keys in (("missing", names - content.keys()), ("unknown", content.keys() - names)):
+    missing = names - content.keys() - {_OPTIONAL}
+    for problem, keys in (("missing", missing), ("unknown", content.keys() - names)):
         if keys:
             raise ValueError(f"{problem} key {', '.join(where + key for key in sorted(keys))}")
     values = dict(content)

@@ -109,6 +109,16 @@ class TopKCache:
         """
         return np.concatenate([*self._lengths("tokens")])
 
+    def used_tokens(self) -> Array:
+        """Whether the samples have each id of the vocabulary, bool [V]. Reads all tokens."""
+        used = np.zeros(self.manifest.vocab_size, dtype=bool)
+        for index in range(self.num_shards):
+            path, _ = pair_paths(self.path / shard_name(index), "tokens")
+            tokens = np.fromfile(path, dtype=np.int32)
+            # Others are damage, which the samples' checksums name.
+            used[tokens[(tokens >= 0) & (tokens < len(used))]] = True
+        return used
+
     def num_unsupervised_samples(self) -> int:
         """Samples without a supervised token. Reads one .idx of each shard.
 

@@ -121,6 +121,9 @@ def drop_overrides(config: DictConfig) -> None:
         for key in MODEL_OVERRIDES:
             config.pop(key, None)
         config.transformer_engine = True
+        if config.get("activation") == "squared-relu":
+            # Megatron Core has no fused one and refuses the key, which NeMo's default sets.
+            config.bias_activation_fusion = False
 
 
 def prepare_trainer_config(config: DictConfig) -> None:
@@ -157,16 +160,20 @@ def _replace_apex_and_transformer_engine() -> None:
 
     # get_specs builds every layer spec it knows, those of Transformer Engine too.
     def get_local_spec(spec_name: str, transformer_config: Any = None, *_: Any, **__: Any) -> Any:
-        if spec_name:
+        if spec_name not in ("", "decoder_block_gpt"):
             raise ValueError(
-                f"model.name={spec_name!r} names a layer spec that needs Transformer Engine; "
-                "with trainer.accelerator=cpu only the local spec (model.name='') runs"
+                f"model.name={spec_name!r} names a layer spec that needs Transformer Engine; with "
+                "trainer.accelerator=cpu only the local spec (model.name='' or decoder_block_gpt) "
+                "runs"
             )
         return get_gpt_layer_local_spec(
-            normalization="RMSNorm" if transformer_config.normalization == "RMSNorm" else None
+            normalization="RMSNorm" if transformer_config.normalization == "RMSNorm" else None,
+            # As in NeMo: its other specs build no norms of q and k, whatever the config says.
+            qk_layernorm=spec_name == "decoder_block_gpt" and transformer_config.qk_layernorm,
         )
 
     megatron_gpt_model.get_specs = get_local_spec
+    _build_layernorm1p()
 
     AVAILABLE_OPTIMIZERS["adamw"] = _AdamW
 
@@ -181,6 +188,33 @@ def _replace_apex_and_transformer_engine() -> None:
     # NeMo asks by isinstance for these norms, whose weights do not decay.
     utils.FusedLayerNorm = utils.FastLayerNorm = torch.nn.LayerNorm
     utils.MixedFusedRMSNorm = torch.nn.RMSNorm
+
+
+def _build_layernorm1p() -> None:
+    """Give Megatron's local norm NeMo's layernorm1p, which only Transformer Engine's norm has."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    new = WrappedTorchNorm.__new__
+
+    def new_norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **more: Any) -> Any:
+        if config.layernorm_zero_centered_gamma and config.normalization == "LayerNorm":
+            return _LayerNorm1P(hidden_size, eps=eps)
+        return new(cls, config, hidden_size, eps, **more)
+
+    WrappedTorchNorm.__new__ = new_norm
+
+
+class _LayerNorm1P(torch.nn.LayerNorm):
+    """LayerNorm that multiplies by 1 + weight, and so begins with a weight of 0."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(
+            hidden, self.normalized_shape, 1 + self.weight, self.bias, self.eps
+        )
 
 
 def _name_the_checkpoint_format() -> None:

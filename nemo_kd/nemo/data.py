@@ -14,7 +14,6 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat import as_jsonl, is_dataset_directory
 from nemo_kd.chat.lines import check_files as check_lines_of
 from nemo_kd.chat.samples import (
@@ -32,9 +31,10 @@ from nemo_kd.nemo.nemo_file import tokenizer_of
 from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
 from nemo_kd.nemo.resume import WholePassSampler
 from nemo_kd.nemo.sources import rendered_dataset
-from nemo_kd.process import shield_workers
+from nemo_kd.process import say, shield_workers
 from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.student.fit import check_fits
+from nemo_kd.student.vocabulary import check_lacking
 
 
 def caches_of(data: DictConfig) -> list[str]:
@@ -57,7 +57,6 @@ def check_files(model: DictConfig) -> None:
             what NeMo takes.
     """
     tokenizer = tokenizer_of(model, Path(model.restore_from_path))
-    fingerprint = tokenizer_fingerprint(tokenizer)
     objective = read_settings(
         DistillationConfig, model.knowledge_distillation, "model.knowledge_distillation"
     )
@@ -65,13 +64,10 @@ def check_files(model: DictConfig) -> None:
         data = model.data[section]
         for path in data.file_names:
             if _is_cache(path):
-                check_fits(
-                    TopKCache.open(path),
-                    objective.at(0),
-                    vocab_size=tokenizer.vocab_size,
-                    tokenizer_fingerprint=fingerprint,
-                    max_seq_length=data.max_seq_length,
-                )
+                cache, length = TopKCache.open(path), data.max_seq_length
+                ids = check_fits(cache, objective.at(0), tokenizer=tokenizer, max_seq_length=length)
+                if line := check_lacking(cache, ids):
+                    say(line)
             else:
                 settings = file_settings(path, data, model, says=True)
                 check_lines_of(settings, tokenizer, "model.data.validation_ds")

@@ -32,6 +32,8 @@ def one_line_if_full(place: Path, remains: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
+    except ValueError:  # of the model that is read: check_files and one_line raise it
+        raise
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
         cause = _cause(error)
         if cause is None:

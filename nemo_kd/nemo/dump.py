@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.chat.samples import with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
-from nemo_kd.layout import check_layout, check_sequence_length, say_layout
+from nemo_kd.layout import check_layout, check_sequence_length, check_slices, say_layout
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
 from nemo_kd.nemo.integrity import restore_model
@@ -88,6 +88,7 @@ def _start_megatron(config: DictConfig, teacher: DictConfig, data: DataConfig) -
     num_replicas = check_layout(teacher, trainer.world_size, "teacher")
     say_layout(teacher, trainer.world_size, num_replicas)
     check_sequence_length(teacher, "teacher", data.max_seq_length, "data.max_seq_length")
+    check_slices(teacher, data.max_seq_length, "data.max_seq_length")
     with open_dict(teacher):  # NeMo's count of micro batches; this run does not use it
         teacher.global_batch_size = data.micro_batch_size * num_replicas
     initialize_model_parallel(trainer, teacher)
@@ -146,6 +147,7 @@ def _merge_teacher_config(
         # What the run that wrote the .nemo had, and a forward pass over whole sequences has not.
         model_config.context_parallel_size = 1
         model_config.virtual_pipeline_model_parallel_size = None
+        model_config.ub_tp_comm_overlap = False
         model_config.use_cpu_initialization = False
         model_config.update(dict.fromkeys(cpu_backend.CHECKPOINTED_ACTIVATIONS))
     if config.trainer.accelerator == "cpu":

@@ -1,16 +1,14 @@
 """The student: NeMo's SFT model with the distillation loss in the place of its cross entropy."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
@@ -29,13 +27,19 @@ from nemo_kd.nemo.data import (
     file_dataset,
     training_blend,
 )
+from nemo_kd.nemo.parallel import (
+    means_on_every_rank,
+    schedule_multiplies_by_context_size,
+    sum_gradients_of_qk_norms,
+)
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.terms import (
     KD_TERMS,
     SFT_TERMS,
     MeanTerms,
     micro_batch_means,
-    micro_batch_share,
+    micro_batch_weight,
+    share_of_weight,
     token_terms,
 )
 
@@ -84,7 +88,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._validating = False
         self._micro_batch = MicroBatch(rows={})  # the one in the forward pass
         self._terms = MeanTerms()  # of the global batch
-        self._micro_batch_share: Tensor | float = 1.0
+        self._share_of_weight: Tensor | float = 1.0
         self._validation_terms: defaultdict[int, MeanTerms] = defaultdict(MeanTerms)
 
     # Model: the one place where Megatron has the bare logits, GPTModel._postprocess, calls
@@ -92,6 +96,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
         model = super().model_provider_func(pre_process, post_process)
+        summed = self.use_mcore_dist_optim or self.cfg.get("sequence_parallel", False)
+        if not summed:
+            sum_gradients_of_qk_norms(model)
         if post_process:
             cross_entropy = model.compute_language_model_loss
             model.compute_language_model_loss = partial(self._token_losses, cross_entropy)
@@ -236,27 +243,35 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             num_tokens,
             parallel_state.get_context_parallel_group() if context_size > 1 else None,
         )
-        weight = num_valid_tokens_in_ub
-        if not self._validating or self.validation_drop_last or self.sample_weight == "constant":
-            weight = weight.clamp(max=1)
+        weight = micro_batch_weight(num_valid_tokens_in_ub, self._reduction())
         self._terms.add(means, weight)
         if output_tensor.dim() == 0:  # the fused loss is the micro batch's already
             loss_mask, num_tokens = torch.ones_like(output_tensor), 1
         loss: Tensor = super().loss_func(loss_mask, num_tokens, output_tensor)
         if not self._validating:
-            loss = loss * self._micro_batch_share
+            loss = loss * self._share_of_weight * weight
         if context_size > 1 and loss.requires_grad and schedule_multiplies_by_context_size():
             # NeMo multiplies what is returned here by the CP size, which the mean of the gradients
             # over DP x CP takes back; the schedule multiplies it once more.
             loss.register_hook(lambda gradient: gradient / context_size)
         return loss
 
+    def _reduction(self) -> str:
+        """How the micro batches of the step or the validation at hand weigh."""
+        if not self._validating:
+            return str(self.cfg.get("loss_reduction", "micro_batch"))
+        if self.validation_drop_last or self.sample_weight == "constant":
+            return "micro_batch"
+        return "token"
+
     def training_step_fwd_bwd_step_call(self, dataloader_iter: Any, forward_only: bool) -> Any:
         batch, _, _ = next(dataloader_iter)  # as NeMo's fwd_bwd_step would take it
         self.consumed.add(batch)
-        self._micro_batch_share = micro_batch_share(
+        self._validating = forward_only
+        self._share_of_weight = share_of_weight(
             batch["loss_mask"].to(torch.cuda.current_device()),
             get_num_microbatches(),
+            self._reduction(),
             parallel_state.get_data_parallel_group(),
         )
         return super().training_step_fwd_bwd_step_call(iter([batch]), forward_only)
@@ -322,26 +337,3 @@ def slice_packed_rows(micro_batch: MicroBatch) -> None:
     micro_batch.rows = {
         name: value.index_select(1, index) for name, value in micro_batch.rows.items()
     }
-
-
-def means_on_every_rank(terms: MeanTerms) -> tuple[dict[str, Tensor], Tensor]:
-    """Means of a step or a validation set over all replicas, in Megatron's groups; their weight."""
-    has_stages = parallel_state.get_pipeline_model_parallel_world_size() > 1
-    return terms.means(
-        parallel_state.get_data_parallel_group(),
-        device=torch.cuda.current_device(),
-        pipeline_group=parallel_state.get_pipeline_model_parallel_group() if has_stages else None,
-        last_stage_rank=(
-            parallel_state.get_pipeline_model_parallel_last_rank() if has_stages else None
-        ),
-    )
-
-
-@cache
-def schedule_multiplies_by_context_size() -> bool:
-    """Whether Megatron Core's schedule multiplies a loss by the context-parallel size.
-
-    It does in 0.12 and 0.13, by `output_tensor *= ...` in forward_step. Read off the source: no
-    argument or attribute tells, and a version number would have to be guessed for other releases.
-    """
-    return "output_tensor *=" in inspect.getsource(schedules.forward_step)

@@ -43,7 +43,7 @@ def read_model_config(path: str, key: str) -> DictConfig:
         raise ValueError(f"{key}: expected a Megatron Core model (mcore_gpt: true), got {path}")
     named = config.get("tokenizer", {}).get("type")
     # A .nemo names a Hugging Face tokenizer by its path. If the .nemo has moved, the tokenizer that
-    # hf_import wrote beside it has moved too.
+    # hf/importer.py wrote beside it has moved too.
     beside = os.path.splitext(os.path.abspath(path))[0] + ".tokenizer"
     if named and not os.path.exists(named) and os.path.isdir(beside):
         with open_dict(config):

@@ -28,6 +28,7 @@ from nemo_kd.nemo.nemo_file import is_checkpoint
 from nemo_kd.nemo.run_directory import (
     checked_before_resuming,
     checkpoint_directory,
+    files_of_checkpoint,
     prepare,
     what_remains,
 )
@@ -68,15 +69,20 @@ def start_exp_manager(
             f"from which a resumed run reads its place in the data, got {names}"
         )
     directory = checkpoint_directory(config)
+    given = config.get("resume_from_checkpoint")  # NeMo takes it if the run has no checkpoint
+    files = [] if given is None else files_of_checkpoint(given)
     if directory is not None and settings is not None:
         # The other ranks wait, so that they find the directory as rank 0 leaves it.
-        line = on_rank_zero(lambda: prepare(directory, settings, allow_changes))
-        say(line)
-        for path in checked_before_resuming(directory):
+        say(on_rank_zero(lambda: prepare(directory, settings, allow_changes, given)))
+        own = checked_before_resuming(directory)
+        for path in own:
             check_files(path, "the checkpoint to resume from", remedy=_REMEDY)
+        files = [] if own else files
     elif not any(config.get(key) for key in ("resume_if_exists", "explicit_log_dir", "version")):
         # NeMo names the directory by the time, which differs among ranks.
         config.version = on_rank_zero(lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))
+    for path in files:
+        check_files(path, "exp_manager.resume_from_checkpoint")
     trainer.callbacks.append(ExactCounts())
     trainer.callbacks.append(LastCheckpoint())
     if config.get("create_preemption_callback", True):
@@ -86,8 +92,9 @@ def start_exp_manager(
     checkpoint: Any = trainer.checkpoint_callback
     if checkpoint is not None:
         _seal_checkpoints(checkpoint)
-    if checkpoint is not None and trainer.ckpt_path:
+    if checkpoint is not None and trainer.ckpt_path not in (None, given):
         # The next checkpoint then replaces the one resumed from: NeMo refuses to resume from two.
+        # One that was given is another run's, and stays.
         checkpoint.last_model_path = trainer.ckpt_path.removesuffix(".ckpt") + ".ckpt"
 
 

@@ -55,6 +55,8 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     caches = [TopKCache(path).manifest.fingerprint for path in data["file_names"]]
     shown = {
         "knowledge_distillation": {k: v for k, v in objective.items() if k not in _SHAPES_NOTHING},
+        # None as in the runs of releases that did not have it.
+        "loss_reduction": "token" if model.get("loss_reduction") == "token" else None,
         "optim": model["optim"],
         "peft": model.get("peft", {}),
         "data.train_ds": {"file_names": caches, **{k: data.get(k) for k in _SHAPES_DATA}},
@@ -64,10 +66,17 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     return stored
 
 
-def prepare(directory: Path, settings: dict[str, Any], allow_changes: bool) -> str:
+def prepare(
+    directory: Path, settings: dict[str, Any], allow_changes: bool, given: str | None = None
+) -> str:
     """Clear a run's directory of what was half written, and mark the newest whole checkpoint.
 
     NeMo resumes from the one checkpoint whose name ends in -last. Called on rank 0 only.
+
+    Args:
+        settings: What the run trains, see `settings_of`.
+        allow_changes: Resume also a run with other settings.
+        given: The checkpoint that the run starts from if it has none of its own.
 
     Returns:
         A line that says where the run starts.
@@ -85,7 +94,8 @@ def prepare(directory: Path, settings: dict[str, Any], allow_changes: bool) -> s
     temporary.write_text(json.dumps(settings, indent=2) + "\n")
     os.replace(temporary, record)
     if name is None:
-        return f"{directory}: no whole checkpoint, the run starts at step 0"
+        start = "at step 0" if given is None else f"from {given}"
+        return f"{directory}: no whole checkpoint, the run starts {start}"
     return f"{directory}: the run resumes from {name}"
 
 
@@ -94,6 +104,22 @@ def checked_before_resuming(directory: Path) -> list[Path]:
     return [
         path for name, paths in _paths(directory).items() if name.endswith(_LAST) for path in paths
     ]
+
+
+def files_of_checkpoint(path: str) -> list[Path]:
+    """The directory of a checkpoint, or the files of one of adapters, which has one for each rank.
+
+    Raises:
+        ValueError: There is none.
+    """
+    given = Path(path)
+    files = [given] if given.exists() else sorted(given.parent.glob(f"[mt]p_rank*/{given.name}"))
+    if not files or (given.is_dir() and not (given / "metadata.json").exists()):
+        raise ValueError(
+            f"exp_manager.resume_from_checkpoint: expected a checkpoint of a run, found none at "
+            f"{path}"
+        )
+    return files
 
 
 def what_remains(directory: Path) -> str:

@@ -22,6 +22,13 @@ from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.process import say
 from nemo_kd.ranks import on_rank_zero
 
+_DATASETS = ("train_ds", "validation_ds")
+# How the run that wrote the .nemo laid out its work, which this one may not be able to.
+_NOT_INHERITED = {
+    "virtual_pipeline_model_parallel_size": None,
+    "ub_tp_comm_overlap": False,
+    "defer_embedding_wgrad_compute": False,
+}
 _AFTER_TRAINING = "The checkpoints are whole: free space, and the same command saves the last one"
 
 
@@ -45,6 +52,7 @@ def check_settings(config: DictConfig) -> None:
     if config.save_to is None and not writes_checkpoints and config.trainer.max_steps != 0:
         say("warning: save_to and checkpoints are off: this run keeps no weights")
     check_optimizer(config.model.optim)
+    check_overlaps(config.model)
     objective = config.model.get("knowledge_distillation", {})
     read_settings(DistillationConfig, objective, "model.knowledge_distillation")
     if config.model.peft.peft_scheme is not None and "distributed" in config.model.optim.name:
@@ -89,7 +97,7 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
     """
     num_replicas = check_layout(model, num_processes, "model")
     say_layout(model, num_processes, num_replicas)
-    for name in ("train_ds", "validation_ds"):
+    for name in _DATASETS:
         dataset, key = model.data[name], f"model.data.{name}"
         if dataset.global_batch_size % (dataset.micro_batch_size * num_replicas):
             raise ValueError(
@@ -107,6 +115,36 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
                 )
 
 
+def check_overlaps(model: DictConfig) -> None:
+    """Refuse keys that move work in ways which this run cannot take.
+
+    Args:
+        model: The section of the run's YAML.
+
+    Raises:
+        ValueError: One of them is set.
+    """
+    if (model.get("virtual_pipeline_model_parallel_size") or 1) > 1:
+        raise ValueError(
+            "model.virtual_pipeline_model_parallel_size: expected null, got "
+            f"{model.virtual_pipeline_model_parallel_size}: NeMo 2.4 fine-tunes without virtual "
+            "stages"
+        )
+    lengths_differ = not all(model.data[name].pad_to_max_length for name in _DATASETS)
+    if model.get("ub_tp_comm_overlap") and lengths_differ:
+        raise ValueError(
+            "model.ub_tp_comm_overlap=true needs pad_to_max_length=true in model.data.train_ds and "
+            "model.data.validation_ds: its buffers hold sequences of one length"
+        )
+    fuses = model.get("knowledge_distillation", {}).get("fuse_output_layer", False)
+    if model.get("defer_embedding_wgrad_compute") and fuses:
+        raise ValueError(
+            "model.defer_embedding_wgrad_compute: expected false with "
+            "model.knowledge_distillation.fuse_output_layer=true, got true: the loss computes that "
+            "gradient itself"
+        )
+
+
 def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
     """The .nemo's config, changed to what the run asks for.
 
@@ -119,6 +157,7 @@ def merge_model_config(config: DictConfig, student: DictConfig) -> DictConfig:
     train_ds, validation_ds = config.model.data.train_ds, config.model.data.validation_ds
     with open_dict(student):
         student.data, student.optim = {}, {}  # those of the run that wrote the .nemo
+        student.update(_NOT_INHERITED)
         merged: Any = OmegaConf.merge(student, config.model)
         merged.micro_batch_size = train_ds.micro_batch_size
         merged.global_batch_size = train_ds.global_batch_size
@@ -198,7 +237,7 @@ def _train_and_save(config: DictConfig, trainer: Any, model: Any, validates: boo
     if config.save_to is not None:
         if config.trainer.accelerator == "cpu":
             cpu_backend.drop_overrides(model.cfg)
-        has_checkpoints = trainer.checkpoint_callback is not None
-        save_nemo(model, config.save_to, _AFTER_TRAINING if has_checkpoints else "")
+        resumes = trainer.checkpoint_callback is not None and config.exp_manager.resume_if_exists
+        save_nemo(model, config.save_to, _AFTER_TRAINING if resumes else "")
     if torch.distributed.get_rank() == 0:
         print(summary.report(trainer, config.save_to))

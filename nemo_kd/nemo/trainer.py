@@ -109,6 +109,10 @@ def initialize_model_parallel(trainer: Any, model_config: DictConfig) -> None:
     )
 
     seed = model_config.get("seed", 1234)
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        # Before anything seeds CUDA, which would open a context of each process on the first GPU.
+        torch.cuda.set_device(device)
     initialize_model_parallel_for_nemo(
         world_size=trainer.world_size,
         global_rank=trainer.global_rank,

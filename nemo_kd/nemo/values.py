@@ -75,6 +75,7 @@ _TRAIN = {
     "model.hidden_dropout": _SHARE,
     "model.attention_dropout": _SHARE,
     "model.sep_id": whole(0),
+    "model.loss_reduction": one_of("micro_batch", "token"),
     "model.knowledge_distillation.*": ANY,  # read_settings checks them, schedules included
     "model.peft.peft_scheme": either(one_of("lora"), NULL),
     "model.peft.restore_from_path": _TEXT_OR_NULL,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.fit import check_fits
 from nemo_kd.student.rows import collate_rows, sample_rows
+from nemo_kd.student.vocabulary import with_student_ids
 
 
 class CacheSamples:
@@ -48,11 +48,10 @@ class CacheSamples:
     def _load_dataset(self) -> None:
         """Opens the cache, where the host's opens the jsonl."""
         self.cache = self.indexed_dataset = TopKCache.open(self.file_path)
-        check_fits(
+        self.student_ids = check_fits(
             self.cache,
             self.kd_config,
-            vocab_size=self.tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            tokenizer=self.tokenizer,
             max_seq_length=self.max_seq_length,
         )
 
@@ -68,6 +67,8 @@ class CacheSamples:
         if self.samples_mapping is not None:
             index, _, _ = self.samples_mapping[index]
         sample, manifest = self.cache[index], self.cache.manifest
+        if self.student_ids is not None:
+            sample = with_student_ids(sample, self.student_ids)
         tokens = sample.tokens.tolist()
         context, answer = tokens[: sample.context_length], tokens[sample.context_length :]
         settings = manifest.dataset

@@ -1,29 +1,30 @@
 """Whether a cache is one that this student, at this objective, can be trained on."""
 
+from typing import Any
+
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.inspection import unsupervised
+from nemo_kd.cache.layout import Array
 from nemo_kd.loss import KDLossConfig
+from nemo_kd.student.vocabulary import student_ids
 
 
 def check_fits(
-    cache: TopKCache,
-    config: KDLossConfig,
-    *,
-    vocab_size: int,
-    tokenizer_fingerprint: str,
-    max_seq_length: int,
-) -> None:
+    cache: TopKCache, config: KDLossConfig, *, tokenizer: Any, max_seq_length: int
+) -> Array | None:
     """Compare what shaped the cache with the student and the objective.
 
     Args:
-        vocab_size: of the student's tokenizer, without padding.
-        tokenizer_fingerprint: of the student's tokenizer, as the dump computed the teacher's.
+        tokenizer: the student's, as NeMo's tokenizers are.
         max_seq_length: of this run, in tokens.
 
+    Returns:
+        The student's ids of the cache's, as `student_ids` has them.
+
     Raises:
-        ValueError: The cache was made with another tokenizer, longer sequences or another
-            temperature, holds sampled rows and the tail is not drop, or has no supervised token;
-            names both sides.
+        ValueError: The cache was made with a tokenizer that does not fit, longer sequences or
+            another temperature, holds sampled rows and the tail is not drop, or has no supervised
+            token; names both sides.
     """
     manifest = cache.manifest
     path = cache.path
@@ -33,14 +34,7 @@ def check_fits(
             f"{path}: {unsupervised(len(cache), len(cache))}; dump again with a larger "
             "data.max_seq_length, or with data.truncation_field naming the prompt's keys"
         )
-    dumped_with = (manifest.vocab_size, manifest.tokenizer_fingerprint)
-    if dumped_with != (vocab_size, tokenizer_fingerprint):
-        raise ValueError(
-            f"{path} was dumped with another tokenizer (vocabulary {manifest.vocab_size}, "
-            f"fingerprint {manifest.tokenizer_fingerprint}) than the student's (vocabulary "
-            f"{vocab_size}, fingerprint {tokenizer_fingerprint}); dump again with a "
-            "teacher that shares the student's tokenizer"
-        )
+    ids = student_ids(cache, tokenizer)
     longest = manifest.dataset["max_seq_length"]
     if longest > max_seq_length:
         raise ValueError(
@@ -60,3 +54,4 @@ def check_fits(
             f"expected knowledge_distillation.temperature={dumped_at}, got "
             f"{config.temperature}; dump again at that temperature, or set tail=renormalize"
         )
+    return ids

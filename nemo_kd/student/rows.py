@@ -42,7 +42,8 @@ def _untempered(log_probs: Tensor, config: KDLossConfig, dumped_at: float) -> Te
     if config.tail != "renormalize" or dumped_at == 1:
         return log_probs
     scaled = log_probs * dumped_at
-    return scaled + log_probs.logsumexp(-1, True) - scaled.logsumexp(-1, True)
+    scaled += log_probs.logsumexp(-1, True) - scaled.logsumexp(-1, True)
+    return scaled.where(log_probs > -torch.inf, -torch.inf)  # also in a row that has no other
 
 
 def collate_rows(batch: list[list[Rows]], length: int) -> dict[str, Tensor]:

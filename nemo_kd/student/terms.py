@@ -46,21 +46,37 @@ def micro_batch_means(
     return means
 
 
-def micro_batch_share(
-    loss_mask: Tensor, num_micro_batches: int, data_group: ProcessGroup
+def micro_batch_weight(num_tokens: Tensor, reduction: str) -> Tensor:
+    """What a micro batch with so many supervised tokens weighs among those of its global batch.
+
+    Args:
+        num_tokens: of each micro batch, or of one.
+        reduction: "micro_batch": all weigh alike, but an empty one nothing; "token": each token
+            weighs alike, however the samples are cut into micro batches.
+    """
+    return num_tokens if reduction == "token" else num_tokens.clamp(max=1)
+
+
+def share_of_weight(
+    loss_mask: Tensor, num_micro_batches: int, reduction: str, data_group: ProcessGroup
 ) -> Tensor:
-    """What a micro batch's loss is multiplied by, so that empty ones weigh nothing.
+    """What the mean loss of a micro batch is multiplied by, for each unit of its weight.
 
     A host divides the sum of the micro batches' losses by their number. This is their number over
-    that of those with a supervised token, in all replicas. A collective of `data_group`.
+    the sum of their weights, in all replicas. A collective of `data_group`.
 
     Args:
         loss_mask: [B, S] of this replica's global batch, which is cut into equal micro batches.
+        num_micro_batches: into how many.
+        reduction: of `micro_batch_weight`.
+        data_group: the replicas.
     """
-    supervised = loss_mask.reshape(num_micro_batches, -1).any(dim=1).float()
-    counts = torch.stack([torch.ones_like(supervised), supervised]).sum(1)
+    num_tokens = loss_mask.reshape(num_micro_batches, -1).count_nonzero(dim=1)
+    # float64: float32 counts tokens up to 16.8 million, and a global batch may have more.
+    weights = micro_batch_weight(num_tokens, reduction).double()
+    counts = torch.stack([torch.ones_like(weights), weights]).sum(1)
     torch.distributed.all_reduce(counts, group=data_group)
-    return counts[0] / counts[1].clamp(min=1)
+    return (counts[0] / counts[1].clamp(min=1)).float()
 
 
 class MeanTerms:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_kd.cache import CacheWriter, Manifest
-from nemo_kd.cache.manifest import tokenizer_fingerprint
+from nemo_kd.cache.manifest import tokenizer_fingerprint, vocabulary_of
 from nemo_kd.chat.lines import check_files
 from nemo_kd.chat.render import Renderer
 from nemo_kd.config import CacheConfig, DataConfig
@@ -60,6 +60,7 @@ def plan_cache(
         codec=cache.codec,
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary=vocabulary_of(tokenizer),
         teacher_fingerprint=teacher_fingerprint,
         sources=sources,
         num_samples=num_samples,

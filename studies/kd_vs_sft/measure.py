@@ -28,7 +28,7 @@ from sample_answers import prompt
 from tqdm import tqdm
 
 from nemo_kd.cache import Sample, TopKCache
-from nemo_kd.nemo.hf_export import export_hf_llama
+from nemo_kd.nemo.hf.exporter import export_hf_llama
 
 BATCH = 16
 BINS = 15

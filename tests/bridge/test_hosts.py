@@ -8,6 +8,7 @@ import pytest
 import torch
 from hosts import SELECTION, STEPS, hashes, reference
 from runs import MAX_SEQ_LENGTH, run_example, scalars
+from test_vocabulary import save_models, write_data
 
 from nemo_kd.cache import TopKCache
 
@@ -141,6 +142,18 @@ def test_tokens_weigh_alike_however_they_are_cut(
     for name, values in found[0].items():
         for other in found[1:]:
             np.testing.assert_allclose(other[name][:6], values[:6], rtol=1e-4, err_msg=name)
+
+
+def test_tokens_are_found_by_their_text(hf_tokenizer: Any, tmp_path: Path) -> None:
+    """Of a teacher with added tokens of its own: tests/test_vocabulary.py has the numbers."""
+    models, cache = save_models(tmp_path, hf_tokenizer, 512), tmp_path / "cache"
+    jsonl = write_data(tmp_path / "train.jsonl")
+    run_example(DUMP, *dump_arguments(models["teacher"], jsonl, cache))
+    assert 403 in TopKCache.open(cache)[0].tokens
+    more = ("train.micro_batch_size=4", "train.train_iters=2")
+    output = run_example(TRAIN, *train_arguments(models["student"], cache, tmp_path, *more))
+    assert "lacks 2 of the teacher's tokens (<|a|>, <|b|>)" in output
+    assert np.isfinite(curves(tmp_path)["kd_loss"]).all()
 
 
 def test_a_resumed_run_has_the_same_curve(

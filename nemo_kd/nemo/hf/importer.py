@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint of the Llama family becomes a .nemo.
+"""A Hugging Face checkpoint becomes a .nemo.
 
 The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
 """
@@ -17,8 +17,10 @@ from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.gguf import from_gguf
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import quiet_host
-from nemo_kd.nemo.hf_fields import check_fields, check_gguf, read_rope
-from nemo_kd.nemo.hf_llama import nemo_config, to_megatron
+from nemo_kd.nemo.hf.configs import nemo_config
+from nemo_kd.nemo.hf.families import MODEL_TYPES
+from nemo_kd.nemo.hf.fields import check_fields, check_gguf, read_rope
+from nemo_kd.nemo.hf.weights import to_megatron
 from nemo_kd.nemo.nemo_file import save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
 from nemo_kd.nemo.values import check_yaml_values
@@ -28,7 +30,7 @@ def load_source(source: Path) -> tuple[Any, Any]:
     """Return the Hugging Face model (on the CPU, in its own dtype) and its tokenizer.
 
     Raises:
-        ValueError: No such path, or not a model of the Llama family.
+        ValueError: No such path, or not a model of a family that the import knows.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -49,7 +51,7 @@ def load_source(source: Path) -> tuple[Any, Any]:
         )
     config = AutoConfig.from_pretrained(directory, **file)
     if raw:
-        config.rope_theta, config.rope_scaling = read_rope(raw)
+        config.update(read_rope(raw))
     tokenizer = AutoTokenizer.from_pretrained(directory, **file)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -126,7 +128,7 @@ def import_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/import_hf_llama.yaml.
 
     Raises:
-        ValueError: A key or a path does not fit, or the source is not a model of the Llama family.
+        ValueError: A key or a path does not fit, or the source is not a model of a known family.
     """
     check_yaml_values(config, "import_hf_llama")
     refuse_unknown_keys(config, ("source", "output", "keep_layers"))
@@ -204,7 +206,10 @@ def fill_model(module: Any, hf_model: Any, layers: list[int]) -> None:
     if hf_model.config.tie_word_embeddings:
         del source["lm_head.weight"]
     num_rows = len(module.embedding.word_embeddings.weight)
-    pairs = to_megatron(source, hf_model.config.num_key_value_heads, layers, num_rows)
+    config = hf_model.config
+    family = MODEL_TYPES[config.model_type]
+    num_groups = config.num_key_value_heads or config.num_attention_heads
+    pairs = to_megatron(source, family, num_groups, layers, num_rows)
     weights = {for_spec(name, names): tensor for name, tensor in pairs}
     if set(weights) != names:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A .nemo or a checkpoint of the Llama family becomes a Hugging Face model: hf_import's inverse."""
+"""A .nemo or a checkpoint becomes a Hugging Face model: the inverse of importer.py."""
 
 import json
 import os
@@ -16,7 +16,9 @@ from tqdm import tqdm
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo.console import quiet_host
 from nemo_kd.nemo.disk import one_line_if_full
-from nemo_kd.nemo.hf_llama import KEPT, hf_config, to_hf
+from nemo_kd.nemo.hf.configs import KEPT, hf_config
+from nemo_kd.nemo.hf.families import Family, family_of_nemo
+from nemo_kd.nemo.hf.weights import to_hf
 from nemo_kd.nemo.nemo_file import (
     is_checkpoint,
     load_weights,
@@ -91,8 +93,8 @@ def export_hf_llama(config: DictConfig) -> None:
     """Write `config.output` from `config.source`: see conf/export_hf_llama.yaml.
 
     Raises:
-        ValueError: A key or a path does not fit, or the source is damaged or not a model of the
-            Llama family.
+        ValueError: A key or a path does not fit, or the source is damaged or not a model of a
+            known family.
         OSError: The disk is full.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -107,7 +109,8 @@ def export_hf_llama(config: DictConfig) -> None:
     tokenizer = load_tokenizer(nemo)
     kept = kept_fields(nemo, tokenizer)
     generation = kept.pop("generation_config", None)
-    model_config = hf_config(nemo, kept)
+    family = family_of_nemo(nemo)
+    model_config = hf_config(nemo, family, kept)
     with torch.device("meta"):  # the names and shapes, without memory for the weights
         model = AutoModelForCausalLM.from_config(model_config)
 
@@ -115,7 +118,7 @@ def export_hf_llama(config: DictConfig) -> None:
         # The unpacked .nemo goes before the converted model needs the same space again.
         with tempfile.TemporaryDirectory(dir=saving) as unpacked:
             weights = load_weights(config.source, unpacked)
-        state = convert(weights, model, config.dtype)
+        state = convert(weights, family, model, config.dtype)
         num_parameters = sum(tensor.numel() for tensor in state.values())
         model.to(next(iter(state.values())).dtype)
         model.generation_config = GenerationConfig.from_model_config(model.config)
@@ -130,12 +133,13 @@ def export_hf_llama(config: DictConfig) -> None:
 
 
 def convert(
-    weights: dict[str, torch.Tensor], model: Any, dtype: str | None
+    weights: dict[str, torch.Tensor], family: Family, model: Any, dtype: str | None
 ) -> dict[str, torch.Tensor]:
     """Return the state dict of a Hugging Face model out of Megatron's weights, which it consumes.
 
     Args:
         weights: Named as to_hf takes them.
+        family: Of the model.
         model: The Hugging Face model. Only its names and shapes are read.
         dtype: None keeps the dtype of the weights.
 
@@ -143,7 +147,7 @@ def convert(
         ValueError: A parameter is missing or has another shape, or a weight is left over.
     """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    pairs = to_hf(weights, shapes, model.config.num_key_value_heads)
+    pairs = to_hf(weights, family, shapes, model.config.num_key_value_heads)
     state = {
         name: tensor.to(getattr(torch, dtype) if dtype else tensor.dtype)
         for name, tensor in tqdm(
@@ -153,7 +157,7 @@ def convert(
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     problems = [f"lacks {name}" for name in sorted(shapes.keys() - tied - state.keys())]
     problems += [
-        f"has {name}, which a Llama lacks" for name in weights if "_extra_state" not in name
+        f"has {name}, which a {family.name} lacks" for name in weights if "_extra_state" not in name
     ]
     problems += [
         f"has {name} of shape {tuple(tensor.shape)} instead of {tuple(shapes[name])}"

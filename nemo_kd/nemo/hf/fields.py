@@ -1,23 +1,23 @@
-"""Which fields of a published Llama change what it computes.
+"""Which fields of a published model change what it computes.
 
 transformers takes any field of a config.json, and no version reads all that another one writes. So
-each field is one that the import honours, one whose value must be that of NeMo's Llama, or one
+each field is one that the import honours, one whose value must be that of NeMo's model, or one
 that is known to leave the outputs as they are. Every other field is refused. The lists hold the
-fields of LlamaConfig, MistralConfig and Qwen2Config in transformers 4 and 5, and what publishers
-add.
+fields of LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config and NemotronConfig in transformers 4
+and 5, and what publishers add.
 """
 
 import re
 from typing import Any
 
-from nemo_kd.nemo.hf_llama import LLAMA3_ROPE, SIZES
+from nemo_kd.nemo.hf.configs import LLAMA3_ROPE
+from nemo_kd.nemo.hf.families import MODEL_TYPES, NEMOTRON
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")  # one architecture; qwen2 has a bias in q, k and v
-
-HONOURED = {"vocab_size", "rope_theta", "rope_scaling", "rope_parameters", *SIZES.values()}
-# The values with which a model is NeMo's Llama. None is the same as leaving the field out.
+# Beside the sizes of each family.
+HONOURED = {"vocab_size", "rope_theta", "rope_scaling", "rope_parameters"}
+# The values with which a model is NeMo's, beside hidden_act. None is the same as leaving the field
+# out.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0,),
@@ -72,32 +72,35 @@ def check_fields(raw: dict[str, Any]) -> None:
     """Check the fields of a config.json.
 
     Raises:
-        ValueError: One of them makes the model another function than NeMo's Llama.
+        ValueError: One of them makes the model another function than NeMo's.
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"source: expected model_type {' or '.join(MODEL_TYPES)}, got {model_type}"
         )
+    family = MODEL_TYPES[model_type]
+    honoured = HONOURED | set(family.sizes.values())
+    fixed = FIXED | {"hidden_act": family.activations}
     for field, value in raw.items():
-        if field in FIXED and value is not None and value not in FIXED[field]:
-            expected = " or ".join(str(choice) for choice in FIXED[field]) or "none"
+        if field in fixed.keys() - honoured and value is not None and value not in fixed[field]:
+            expected = " or ".join(str(choice) for choice in fixed[field]) or "none"
             raise ValueError(
                 f"source: config.json: expected {field} {expected}, got {value!r:.80}, which "
-                "NeMo's Llama does not compute"
+                f"NeMo's {family.name} does not compute"
             )
     for name in raw.get("architectures") or ():
         if not name.endswith("ForCausalLM"):
             raise ValueError(f"source: expected a model with logits (...ForCausalLM), got {name}")
-    # A field that Mistral's config leaves out is a window of 4096; Qwen2's has a switch above.
+    # A field that Mistral's config leaves out is a window of 4096; a Qwen's has a switch above.
     window = raw.get("sliding_window", 4096 if model_type == "mistral" else None)
     windows = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if windows or (window is not None and model_type != "qwen2"):
+    if windows or (window is not None and model_type not in ("qwen2", "qwen3")):
         raise ValueError(
             f"source: sliding-window attention is not supported, got sliding_window {window} and "
             f"layer_types {sorted(windows)}"
         )
-    known = HONOURED | FIXED.keys() | NO_EFFECT | {"sliding_window", "layer_types"}
+    known = honoured | fixed.keys() | NO_EFFECT | {"sliding_window", "layer_types"}
     for field in sorted(raw.keys() - known):
         raise ValueError(
             f"source: config.json has {field}: {raw[field]!r:.80}, a field that the import does "
@@ -106,37 +109,54 @@ def check_fields(raw: dict[str, Any]) -> None:
     read_rope(raw)
 
 
-def read_rope(raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Return transformers 4's rope_theta and rope_scaling of a config.json of transformers 4 or 5.
+def read_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return transformers 4's fields of RoPE for a config.json of transformers 4 or 5.
 
-    Version 5 writes one dict, rope_parameters, and prefers what is in a dict to rope_theta.
+    They are rope_theta, rope_scaling (None for a plain RoPE), and partial_rotary_factor where the
+    model has one. Version 5 writes one dict, rope_parameters, and prefers what is in a dict.
 
     Raises:
         ValueError: It is a RoPE that NeMo has no setting for.
     """
+    family = MODEL_TYPES[raw["model_type"]]
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     named = str(rope)
     theta = next(
         base for base in (rope.pop("rope_theta", None), raw.get("rope_theta"), 10000.0) if base
     )
-    rotated = rope.pop("partial_rotary_factor", None)
+    shares = {rope.pop("partial_rotary_factor", None), raw.get("partial_rotary_factor")} - {None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     keys = rope.keys() - {"type", "rope_type"}
-    if kind not in ROPE_KEYS or keys != set(ROPE_KEYS[kind]) or rotated not in (None, 1.0):
-        choices = "; ".join(f"{name} ({', '.join(ROPE_KEYS[name])})" for name in ROPE_KEYS)
+    if kind not in family.rope_types or keys != set(ROPE_KEYS[kind]):
+        choices = "; ".join(f"{name} ({', '.join(ROPE_KEYS[name])})" for name in family.rope_types)
         raise ValueError(f"source: config.json: expected a RoPE of {choices}; got {named}")
     scaling = {"rope_type": kind, **{key: rope[key] for key in ROPE_KEYS[kind]}}
-    return float(theta), None if kind == "default" else scaling
+    fields = {"rope_theta": float(theta), "rope_scaling": None if kind == "default" else scaling}
+    if family is NEMOTRON:
+        if len(shares) > 1:
+            raise ValueError(f"source: config.json: two values of partial_rotary_factor: {shares}")
+        return fields | {"partial_rotary_factor": next(iter(shares), 0.5)}
+    if shares - {1.0}:
+        raise ValueError(
+            f"source: config.json: expected partial_rotary_factor 1.0, got {named}, which NeMo's "
+            f"{family.name} does not compute"
+        )
+    return fields
 
 
 def check_gguf(reader: Any) -> None:
     """Check the fields and tensors of a GGUF file, of which transformers reads only some.
 
     Raises:
-        ValueError: One of them makes the model another function than NeMo's Llama.
+        ValueError: One of them makes the model another function than NeMo's.
     """
     fields = {name: field.contents() for name, field in reader.fields.items()}
     architecture = fields["general.architecture"]
+    if architecture not in ("llama", "qwen2"):
+        raise ValueError(
+            f"source: expected a GGUF file of a llama or a qwen2, got {architecture}; import the "
+            "Hugging Face directory of the model"
+        )
     own = {
         name.removeprefix(f"{architecture}."): value
         for name, value in fields.items()
