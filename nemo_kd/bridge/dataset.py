@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
 from megatron.bridge.training.config import DatasetProvider
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
-from megatron.core.datasets import helpers_cpp
-from torch.utils.data import Dataset
 
 from nemo_kd.bridge.models import tokenizer_config
-from nemo_kd.cache import TopKCache
-from nemo_kd.chat.samples import RenderedSamples
+from nemo_kd.cache import SourceFile, TopKCache
+from nemo_kd.chat.lines import check_files
+from nemo_kd.chat.samples import (
+    RenderedSamples,
+    datasets_of,
+    fingerprint_source,
+    warn_of_missing_begin,
+    with_found_format,
+)
+from nemo_kd.config import DataConfig
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.process import say
 from nemo_kd.student.dataset import CacheSamples
 from nemo_kd.student.fit import check_fits
+from nemo_kd.student.sets import Blend, Sets
 from nemo_kd.student.vocabulary import check_lacking
 
 
@@ -35,7 +39,21 @@ class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
     sample_mapping_class = _OnlineSampleMapping
 
 
-class RenderedDataset(RenderedSamples, GPTSFTChatDataset):
+class ChatDataset(GPTSFTChatDataset):
+    """Bridge's chat dataset, which takes all tokens of a sample that it must cut as supervised."""
+
+    def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
+        item: dict[str, Any] = super()._process_example(example)
+        item |= {name: item[name][: self.max_seq_length + 1] for name in ("input_ids", "loss_mask")}
+        context = item["context_ids"][: self.max_seq_length]
+        return item | {"context_ids": context, "mask": item["loss_mask"]}
+
+    def _ceil_to_nearest(self, n: int, m: int) -> int:
+        """Bridge pads chats to a multiple of 16 alone."""
+        return int(super()._ceil_to_nearest(n, max(m, self.pad_seq_length_to_mult)))
+
+
+class RenderedDataset(RenderedSamples, ChatDataset):
     """Bridge's chat dataset with samples of a `Renderer`: see RenderedSamples."""
 
 
@@ -50,8 +68,10 @@ class Tokenizer:
         self.space_sensitive = tokens("x y") != tokens("x") + tokens("y")
 
     def ids_to_tokens(self, ids: list[int]) -> list[str]:
-        tokens: list[str] = self._core._tokenizer.ids_to_tokens(ids)
-        return tokens
+        return list(self._core._tokenizer.ids_to_tokens(ids))
+
+    def text_to_ids(self, text: str) -> list[int]:
+        return list(self._core.tokenize(text))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_core":  # not there yet: while it is unpickled
@@ -61,14 +81,16 @@ class Tokenizer:
 
 @dataclass(kw_only=True)
 class KDCaches(DatasetProvider):
-    """The section `dataset`: caches to train on, and caches to validate on.
+    """The section `dataset`: caches to train on, and caches and files to validate on.
 
-    `train.eval_iters` is set to what one validation of all caches takes, so that each validation
-    sees the whole of every set from its start.
+    `train.eval_iters` is set to what one validation of all sets takes, so that each validation sees
+    the whole of every set from its start.
     """
 
     train_caches: list[str]
     validation_caches: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    data: DataConfig | None = None  # what the samples of the files are made with
     names: list[str] | None = None
     weights: list[float] | None = None
     seq_length: int = 4096
@@ -80,12 +102,12 @@ class KDCaches(DatasetProvider):
 
     def check(self) -> None:
         """Raise a ValueError if there are too few names or weights, or two names are equal."""
-        for key, caches in ("names", self.validation_caches), ("weights", self.train_caches):
+        sets = [*self.validation_caches, *self.validation_files]
+        for key, paths in ("names", sets), ("weights", self.train_caches):
             given = getattr(self, key)
-            if given is not None and len(given) != len(caches):
+            if given is not None and len(given) != len(paths):
                 raise ValueError(
-                    f"dataset.{key}: expected one for each of {len(caches)} caches, got "
-                    f"{len(given)}"
+                    f"dataset.{key}: expected one for each of {len(paths)} sets, got {len(given)}"
                 )
         if len(set(self.set_names)) < len(self.set_names):
             raise ValueError(f"dataset.names: expected distinct names, got {self.set_names}")
@@ -93,96 +115,67 @@ class KDCaches(DatasetProvider):
     @property
     def set_names(self) -> list[str]:
         """Of the validation sets, as the logs have them."""
-        return self.names or [Path(path).name for path in self.validation_caches]
+        sets = (*self.validation_caches, *self.validation_files)
+        return self.names or [Path(path).name for path in sets]
+
+    def data_of(self, path: str, says: bool = False) -> DataConfig:
+        """What the samples of a validation file are made with."""
+        assert self.data is not None  # the run checks it first
+        return with_found_format(replace(self.data, file_names=(path,)), says)
 
     def build_datasets(self, context: Any) -> tuple[Any, Any, None]:
+        tokenizer = Tokenizer(context.tokenizer)
         make = partial(
             GPTSFTKDDataset,
-            tokenizer=Tokenizer(context.tokenizer),
+            tokenizer=tokenizer,
             kd_config=self.objective,
             max_seq_length=self.seq_length,
             pad_seq_length_to_mult=self.pad_seq_length_to_mult,
             seed=self.seed,
             get_attention_mask_from_fusion=True,
         )
-        train = Blend(self.train_caches, self.weights, context.train_samples, make)
+        # Bridge makes a loader for a run that only validates as well.
+        num_samples = context.train_samples or self.global_batch_size
+        train = Blend(self.train_caches, self.weights, num_samples, make)
         sets = [make(path) for path in self.validation_caches]
+        for path in self.validation_files:
+            sources = [fingerprint_source(path)]
+            multiple = self.pad_seq_length_to_mult
+            sets += file_datasets(self.data_of(path), tokenizer, sources, multiple)
+        warn_of_missing_begin(tokenizer, [*train.datasets, *sets])
         return train, Sets(sets, self.global_batch_size) if sets else None, None
 
 
-def check_caches(dataset: KDCaches, hf_path: str) -> None:
-    """Check the caches against the student's tokenizer, before its weights are read.
+def check_sets(dataset: KDCaches, hf_path: str) -> int:
+    """Check caches and files against the student's tokenizer, before its weights are read.
+
+    Returns:
+        The global batches of one validation, which sees the whole of every set.
 
     Raises:
         ValueError: One does not fit.
     """
     dataset.check()
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
+    sizes = []
     for path in (*dataset.train_caches, *dataset.validation_caches):
         cache, length = TopKCache.open(path), dataset.seq_length
         ids = check_fits(cache, dataset.objective, tokenizer=tokenizer, max_seq_length=length)
         if line := check_lacking(cache, ids):
             say(line)
+        sizes.append(len(cache))
+    del sizes[: len(dataset.train_caches)]
+    sizes += [
+        check_files(dataset.data_of(path, says=True), tokenizer, "data").num_samples
+        for path in dataset.validation_files
+    ]
+    return sum(math.ceil(size / dataset.global_batch_size) for size in sizes)
 
 
-def num_validation_steps(caches: list[str], global_batch_size: int) -> int:
-    """The global batches of one validation, which sees the whole of every set."""
-    return sum(math.ceil(len(TopKCache.open(path)) / global_batch_size) for path in caches)
-
-
-class Blend(Dataset[Any]):
-    """Training caches, blended by Megatron: next is the cache that lags most behind its weight."""
-
-    def __init__(
-        self, paths: list[str], weights: list[float] | None, num_samples: int, make: Any
-    ) -> None:
-        shares = np.array(weights or [1.0] * len(paths), dtype=np.float64)
-        shares /= shares.sum()
-        self._cache_of = np.zeros(num_samples, dtype=np.int16)
-        self._number_in = np.zeros(num_samples, dtype=np.int64)
-        helpers_cpp.build_blending_indices(
-            self._cache_of, self._number_in, shares, len(paths), num_samples, False
-        )
-        # As many as NeMo asks of each, because the number of its epochs shapes the order.
-        counts = [math.ceil(num_samples * share * 1.005) for share in shares]
-        self.datasets = [
-            make(path, max_num_samples=count) for path, count in zip(paths, counts, strict=True)
-        ]
-        self.collate_fn = self.datasets[0].collate_fn
-
-    def __len__(self) -> int:
-        return len(self._cache_of)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        dataset = self.datasets[self._cache_of[index]]
-        item: dict[str, Any] = dataset[int(self._number_in[index])]
-        return item
-
-
-class Sets(Dataset[Any]):
-    """Validation sets one after another, each filled up to whole global batches.
-
-    What fills a batch up is its set's last sample with nothing supervised, which weighs nothing. A
-    batch has `set_index`, the number of its set, for each sample.
-    """
-
-    def __init__(self, datasets: list[Any], global_batch_size: int) -> None:
-        self.datasets = datasets
-        sizes = [math.ceil(len(each) / global_batch_size) * global_batch_size for each in datasets]
-        self._starts = [0, *accumulate(sizes)]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        number = bisect_right(self._starts, index) - 1
-        dataset, place = self.datasets[number], index - self._starts[number]
-        item: dict[str, Any] = dataset[min(place, len(dataset) - 1)]
-        if place >= len(dataset):
-            item = item | {"loss_mask": np.zeros_like(item["loss_mask"])}
-        return item | {"set_index": number}
-
-    def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
-        numbers = torch.tensor([item["set_index"] for item in batch])
-        collated: dict[str, Any] = self.datasets[0].collate_fn(batch)
-        return collated | {"set_index": numbers}
+def file_datasets(
+    data: DataConfig, tokenizer: Tokenizer, sources: Sequence[SourceFile], multiple: int
+) -> list[Any]:
+    """Each file of `data` as a dataset, whose batches' lengths are padded to `multiple`."""
+    settings = {"pad_seq_length_to_mult": multiple, "get_attention_mask_from_fusion": True}
+    classes = (GPTSFTDataset, ChatDataset, RenderedDataset)
+    return datasets_of(data, tokenizer, sources, classes, **settings)

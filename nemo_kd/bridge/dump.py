@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import ConcatDataset
 
 from nemo_kd.bridge import cpu_backend
-from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_model
-from nemo_kd.chat.files import as_jsonl
-from nemo_kd.chat.samples import (
-    index_directory,
-    name_line_in_errors,
-    renderer_of,
-    with_found_format,
-)
+from nemo_kd.chat.samples import warn_of_missing_begin, with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
 from nemo_kd.ranks import on_rank_zero, start
 from nemo_kd.selection import SelectionConfig
@@ -54,12 +47,12 @@ def dump_teacher_topk(config: DictConfig) -> None:
     from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
     from megatron.core import parallel_state
 
-    from nemo_kd.bridge.dataset import Tokenizer
+    from nemo_kd.bridge.dataset import Tokenizer, file_datasets
     from nemo_kd.bridge.models import read_model, tokenizer_config
 
     start(config.device)
     length = data.max_seq_length
-    _, provider = read_model(config.model, config.device, length, "data.max_seq_length")
+    _, provider, _ = read_model(config.model, config.device, length, "data.max_seq_length")
     for key, only in ("context_parallel_size", 1), ("virtual_pipeline_model_parallel_size", None):
         if getattr(provider, key) != only:
             raise ValueError(f"model.{key}: the teacher run has none, got {getattr(provider, key)}")
@@ -73,14 +66,17 @@ def dump_teacher_topk(config: DictConfig) -> None:
     provider.finalize()
     provider.initialize_model_parallel(seed=1234)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    multiple = padding_multiple(config.model)
+    datasets = file_datasets(data, tokenizer, manifest.sources, multiple)
+    warn_of_missing_begin(tokenizer, datasets)
     fill_cache(
         manifest,
         cache,
         data,
-        _samples(data, tokenizer, manifest.sources, padding_multiple(config.model)),
+        ConcatDataset(datasets),
         everyone,
         start=lambda: _replica_and_forward(model, selection, tokenizer.vocab_size),
-        is_first_replica=parallel_state.get_data_parallel_rank() == 0,
+        is_first_replica=parallel_state.get_expert_data_parallel_rank() == 0,
     )
 
 
@@ -96,41 +92,22 @@ def _fingerprint(config: DictConfig) -> str:
     return fingerprint_model(files, json.dumps([settings, config.device], sort_keys=True))
 
 
-def _samples(data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile], multiple: int) -> Any:
-    """The samples of all files in their order, by Bridge's own datasets or rendered by chat/."""
-    from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
-    from torch.utils.data import ConcatDataset
-
-    from nemo_kd.bridge.dataset import RenderedDataset
-
-    directory = index_directory(data.index_mapping_dir, sources)
-    index = {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
-    settings = data.host_settings | index | {"pad_seq_length_to_mult": multiple}
-    renderer = renderer_of(data, tokenizer)
-    kind = GPTSFTChatDataset if data.chat else GPTSFTDataset
-    datasets = []
-    for path in data.file_names:
-        file = as_jsonl(path, directory)
-        if renderer is not None:
-            dataset = RenderedDataset(file, tokenizer, renderer, data.format, **settings)
-        else:
-            tokens = data.chat_prompt_tokens
-            dataset = kind(file, tokenizer, special_tokens=tokens, **settings)
-            name_line_in_errors(dataset)
-        datasets.append(dataset)
-    return ConcatDataset(datasets)
-
-
 def _replica_and_forward(
     model: Any, selection: SelectionConfig, vocab_size: int
 ) -> tuple[Replica, Teacher]:
-    """This process's part in the teacher run, out of Bridge's model and Megatron's groups."""
+    """This process's part in the teacher run, out of Bridge's model and Megatron's groups.
+
+    Ranks that share out the experts are of one replica, because each of them waits for the others.
+    """
     from megatron.core import parallel_state
 
-    is_last_stage = parallel_state.is_pipeline_last_stage()
+    ranks = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
     replica = Replica(
-        parallel_state.get_model_parallel_group(),
-        leads=is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0,
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        leads=parallel_state.is_pipeline_last_stage() and ranks == (0, 0),
     )
     forward = Teacher(
         model,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_kd.config import DistillationConfig
 from nemo_kd.loss import vocab_parallel_kd_sft_loss
-from nemo_kd.student.terms import KD_TERMS, token_terms
+from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, token_terms
 
 TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 
@@ -31,10 +31,14 @@ class KDForwardStep:
     Args:
         distillation: The objective, step by step.
         set_names: Of the validation sets.
+        num_with_rows: How many of them are caches; they are the first ones.
     """
 
-    def __init__(self, distillation: DistillationConfig, set_names: list[str]) -> None:
+    def __init__(
+        self, distillation: DistillationConfig, set_names: list[str], num_with_rows: int
+    ) -> None:
         self.distillation, self.set_names = distillation, set_names
+        self.num_with_rows = num_with_rows
         self.config = distillation.at(0)
         self.models: list[Any] = []  # of this rank, not wrapped
         self.state: GlobalState | None = None  # Bridge's, once the training has begun
@@ -57,6 +61,10 @@ class KDForwardStep:
         self, cross_entropy: Callable[..., Tensor], tp_group: Any, labels: Tensor, logits: Tensor
     ) -> Tensor:
         """The loss of each token `[B, S]`, from labels `[B, S]` and logits `[S, B, Vp]`."""
+        if not self._rows:  # of a validation file
+            losses = cross_entropy(labels, logits)
+            self._terms = {"sft_loss": losses.detach()}
+            return losses
         ids, log_probs, tails = (rows.transpose(0, 1) for rows in self._rows)
         # Taken: the rows' memory is free after the loss, and no later forward pass may find them.
         self._rows = ()
@@ -84,13 +92,14 @@ class KDForwardStep:
         groups = get_pg_collection(model)
         is_first, is_last = is_pp_first_stage(groups.pp), is_pp_last_stage(groups.pp)
         names = ["tokens", "position_ids"] if is_first else []
-        names += ["labels", "loss_mask", *TEACHER_ROWS] if is_last else []
         whole = next(data_iterator)
+        rows = TEACHER_ROWS if is_last and TEACHER_ROWS[0] in whole else ()
+        names += ["labels", "loss_mask", *rows] if is_last else []
         batch = {name: whole[name].cuda(non_blocking=True) for name in names}
         if groups.cp.size() > 1:
             batch = get_batch_on_this_cp_rank(batch, cp_group=groups.cp)
         self.config = self.distillation.at(state.train_state.step)
-        self._rows = tuple(batch[name] for name in TEACHER_ROWS) if is_last else ()
+        self._rows = tuple(batch[name] for name in rows)
         output = model(
             input_ids=batch.get("tokens"),
             position_ids=batch.get("position_ids"),
@@ -113,12 +122,15 @@ class KDForwardStep:
         num_tokens = mask.sum()
         loss = losses.flatten() @ mask
         sums = {"lm loss": loss.detach()}
-        sums |= {name: self._terms[name].flatten() @ mask for name in KD_TERMS}
+        sums |= {name: term.flatten() @ mask for name, term in self._terms.items()}
         report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
         if set_number is not None:
-            # Bridge asks each micro batch for the same keys.
+            # Bridge asks each micro batch for the same keys, and divides by the tokens of each.
+            none = torch.zeros_like(report["lm loss"])
+            of_all = ("lm loss", *(KD_TERMS if self.num_with_rows else SFT_TERMS))
+            own, report = report, {name: report.get(name, none) for name in of_all}
             for number, name in enumerate(self.set_names):
-                for term, value in list(report.items())[: len(sums)]:
-                    own = value if number == set_number else torch.zeros_like(value)
-                    report[f"{term} {name}"] = own
+                has_rows = number < self.num_with_rows
+                for term in ("lm loss", *(KD_TERMS if has_rows else SFT_TERMS)):
+                    report[f"{term} {name}"] = own[term] if number == set_number else none
         return loss, num_tokens.to(torch.int), report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from nemo_kd.values import set_fields
 
 def read_model(
     model: DictConfig, device: str, max_seq_length: int, length_key: str
-) -> tuple[Any, Any]:
-    """Return Bridge's AutoBridge of a Hugging Face directory, and the provider of its model.
+) -> tuple[Any, Any, int]:
+    """Return AutoBridge of a Hugging Face directory, its model's provider, and how many replicas.
 
     Args:
         model: The section `model`; all keys but `hf_path` are the provider's.
@@ -29,8 +30,7 @@ def read_model(
         length_key: Its place in the YAML.
 
     Raises:
-        ValueError: There is no such directory, no weights, no bridge for its model, or no such key;
-            or the model, its layout or the length is one that Bridge cannot have.
+        ValueError: The directory, a key, the layout or the length is none that Bridge can have.
     """
     path = Path(model.hf_path)
     if not (path / "config.json").is_file():
@@ -49,14 +49,8 @@ def read_model(
     check_hf_config(hf_config, max_seq_length, length_key)
     provider = bridge.to_megatron_provider(load_weights=True)
     provider.register_pre_wrap_hook(partial(_check_names, bridge), prepend=True)
-    if hf_config.model_type in WINDOWED and hf_config.sliding_window:
-        # Hugging Face counts the token itself, Megatron those before it: Bridge is one too wide.
-        before = hf_config.sliding_window - 1
-        provider.window_size = before if isinstance(provider.window_size, int) else (before, 0)
+    _mend(provider, hf_config)
     provider.mtp_num_layers = getattr(provider, "mtp_num_layers", None) or None
-    # Bridge sets it to false, and then marks no parameter as tensor-parallel, so that the gradient
-    # norm at a tensor-parallel size above 1 counts the shards of rank 0 only.
-    provider.perform_initialization = True
     set_fields(provider, model, "model", leave_out=("hf_path",))
     if provider.mtp_num_layers:
         raise ValueError(
@@ -75,14 +69,27 @@ def read_model(
     if device == "cpu":
         cpu_backend.prepare_provider(provider)
     say_layout(settings, num_processes, num_replicas)
-    return bridge, provider
+    return bridge, provider, num_replicas
+
+
+def _mend(provider: Any, hf_config: Any) -> None:
+    """Set what Bridge's conversion of a config leaves out or gets wrong."""
+    if hf_config.model_type == "gemma3_text":
+        # Bridge leaves it out, and then each tensor-parallel rank trains norms of its own.
+        provider.qk_layernorm = True
+    if hf_config.model_type in WINDOWED and hf_config.sliding_window:
+        # Hugging Face counts the token itself, Megatron those before it: Bridge is one too wide.
+        before = hf_config.sliding_window - 1
+        provider.window_size = before if isinstance(provider.window_size, int) else (before, 0)
+    # Bridge sets it to false, and then marks no parameter as tensor-parallel, so that the gradient
+    # norm at a tensor-parallel size above 1 counts the shards of rank 0 only.
+    provider.perform_initialization = True
 
 
 def _check_names(bridge: Any, models: list[Any]) -> list[Any]:
-    """Bridge leaves a parameter as it is for which it finds no tensor, and drops the others.
+    """Raise a ValueError if the Hugging Face directory and the model have different weights.
 
-    Raises:
-        ValueError: The Hugging Face directory and the model do not have the same weights.
+    Bridge leaves a parameter as it is for which it finds no tensor, and drops the other tensors.
     """
     tasks = [task for task in bridge.get_conversion_tasks(models) if task is not None]
     filled = {id(task.param_weight) for task in tasks}
@@ -93,19 +100,20 @@ def _check_names(bridge: Any, models: list[Any]) -> list[Any]:
         if id(parameter) not in filled
         and not (model.share_embeddings_and_output_weights and name.startswith("output_layer"))
     ]
-    if empty:
-        raise ValueError(
-            f"model.hf_path: Megatron-Bridge finds no weights for {len(empty)} parameters, "
-            f"{empty[0]} among them"
-        )
-    names = bridge._model_bridge.mapping_registry()
-    keys = bridge.hf_pretrained.state.source.get_all_keys()
-    unread = [key for key in keys if names.hf_to_megatron_lookup(key) is None]
-    if unread:
-        raise ValueError(
-            f"model.hf_path: Megatron-Bridge reads {len(unread)} of the {len(keys)} tensors "
-            f"nowhere, {unread[0]} among them"
-        )
+    names, config = bridge._model_bridge.mapping_registry(), bridge.hf_pretrained.config
+    # Old files have the rotary frequencies, new ones layers for multi-token prediction at the end.
+    needless = rf"rotary_emb\.inv_freq|layers\.{getattr(config, 'num_hidden_layers', None)}\."
+    unread = [
+        key
+        for key in bridge.hf_pretrained.state.source.get_all_keys()
+        if names.hf_to_megatron_lookup(key) is None and not re.search(needless, key)
+    ]
+    for what, found in (("parameters without weights", empty), ("weights unread", unread)):
+        if found:
+            raise ValueError(
+                f"model.hf_path: Megatron-Bridge would leave {len(found)} {what}, {found[0]} among "
+                "them"
+            )
     return models
 
 

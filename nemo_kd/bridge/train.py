@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -14,16 +13,15 @@ from omegaconf import DictConfig, ListConfig
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.layout import MANIFEST_NAME
-from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start
 from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.values import set_fields
 
-_RANKS = ("tensor_model", "pipeline_model", "context")
 _SECTIONS = (
     *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
-    *("scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
+    *("data", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
 )
 
 
@@ -38,22 +36,20 @@ def train_kd_sft(config: DictConfig) -> None:
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
 
-    from nemo_kd.bridge.dataset import check_caches
+    from nemo_kd.bridge.dataset import check_sets
     from nemo_kd.bridge.forward_step import KDForwardStep
     from nemo_kd.bridge.models import read_model
 
     start(config.device)
     length = config.model.seq_length
-    bridge, provider = read_model(config.model, config.device, length, "model.seq_length")
-    num_ranks = math.prod(config.model[f"{size}_parallel_size"] for size in _RANKS)
-    check_batches(
-        num_replicas=torch.distributed.get_world_size() // num_ranks,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
+    bridge, provider, num_replicas = read_model(
+        config.model, config.device, length, "model.seq_length"
     )
+    check_batches(num_replicas, config.train.micro_batch_size, config.train.global_batch_size)
     container = _container(config, provider, distillation)
-    on_rank_zero(lambda: check_caches(container.dataset, config.model.hf_path))
-    step = KDForwardStep(distillation, container.dataset.set_names)
+    dataset = container.dataset
+    container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
+    step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
     provider.register_pre_wrap_hook(step.install)
     try:
         pretrain(container, step, callbacks=_callbacks(step, bridge, config.save_hf))
@@ -105,10 +101,10 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
     refuse_unknown_keys(config, _SECTIONS)
     if config.device not in ("gpu", "cpu"):
         raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
-    for key in "train_caches", "validation_caches":
+    for key in "train_caches", "validation_caches", "validation_files":
         if not isinstance(config.dataset[key], ListConfig):
             raise ValueError(f"dataset.{key}: expected a list [...], got {config.dataset[key]!r}")
-        for path in config.dataset[key]:
+        for path in config.dataset[key] if "caches" in key else ():
             if not (Path(path) / MANIFEST_NAME).is_file():
                 raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
     if not config.dataset.train_caches:
@@ -133,7 +129,8 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
         raise ValueError(
             "knowledge_distillation.fuse_output_layer: expected false on this host, got true"
         )
-    if config.save_hf is None and config.checkpoint.save is None:
+    validates = config.train.train_iters == 0
+    if config.save_hf is None and config.checkpoint.save is None and not validates:
         raise ValueError(
             "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
             "leave nothing"
@@ -151,21 +148,22 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     """
     from megatron.bridge.training import config as bridge
 
-    from nemo_kd.bridge.dataset import KDCaches, num_validation_steps
+    from nemo_kd.bridge.dataset import KDCaches
     from nemo_kd.bridge.models import tokenizer_config
 
     train = set_fields(bridge.TrainingConfig(), config.train, "train")
-    caches = list(config.dataset.validation_caches)
-    train.eval_iters = num_validation_steps(caches, train.global_batch_size)
+    lists = ("train_caches", "validation_caches", "validation_files")
+    files = config.dataset.validation_files
+    own = {"max_seq_length": config.model.seq_length, "file_names": tuple(files)}
     dataset = KDCaches(
-        train_caches=list(config.dataset.train_caches),
-        validation_caches=caches,
+        **{key: list(config.dataset[key]) for key in lists},
+        data=read_settings(DataConfig, {**config.data, **own}, "data") if files else None,
         seq_length=config.model.seq_length,
         pad_seq_length_to_mult=padding_multiple(config.model),
         global_batch_size=train.global_batch_size,
         objective=distillation.at(0),
     )
-    set_fields(dataset, config.dataset, "dataset", ("train_caches", "validation_caches"))
+    set_fields(dataset, config.dataset, "dataset", lists)
     on_gpu = config.device == "gpu"
     checkpoint = set_fields(bridge.CheckpointConfig(), config.checkpoint, "checkpoint")
     checkpoint.load = checkpoint.load or checkpoint.save  # a run resumes by the same command
@@ -187,6 +185,8 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     for name in "start_weight_decay", "end_weight_decay":
         if getattr(container.scheduler, name) is None:
             setattr(container.scheduler, name, container.optimizer.weight_decay)
+    if train.train_iters == 0:  # validates alone, and has no schedule
+        container.scheduler.lr_decay_iters, container.scheduler.lr_warmup_iters = 1, 0
     if not on_gpu:
         container.optimizer.use_distributed_optimizer = False
         container.ddp.use_distributed_optimizer = False

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from nemo_kd.chat.files import read_object
+from nemo_kd.cache import SourceFile
+from nemo_kd.chat.files import as_jsonl, read_object
 from nemo_kd.chat.formats import checked_text, read_conversation
 from nemo_kd.chat.render import Renderer
+from nemo_kd.chat.samples import fingerprint_source, index_directory, renderer_of
 from nemo_kd.config import DataConfig
 from nemo_kd.process import say
 
@@ -135,6 +137,34 @@ def _refuse_missing(record: dict[str, Any], keys: Any, remedy: str) -> None:
         raise ValueError(
             f"expected the keys {', '.join(keys)}, found no {', '.join(missing)}; {remedy}"
         )
+
+
+class CheckedFiles(NamedTuple):
+    """Files of one section: their samples, what renders these, and the files' hashes."""
+
+    num_samples: int
+    renderer: Renderer | None  # None: the host's dataset makes the samples
+    sources: tuple[SourceFile, ...]
+
+
+def check_files(data: DataConfig, tokenizer: Any, section: str) -> CheckedFiles:
+    """Check the files of `data`, line by line, and its settings against the tokenizer.
+
+    Args:
+        data: The settings, with the format of the files.
+        tokenizer: The host's.
+        section: The settings' place in the YAML, for the errors.
+
+    Raises:
+        ValueError: A line or a setting does not fit.
+    """
+    renderer = renderer_of(data, tokenizer)
+    sources = tuple(map(fingerprint_source, data.file_names))
+    directory = index_directory(data.index_mapping_dir, sources)
+    files = [as_jsonl(path, directory) for path in data.file_names]
+    num_samples = sum(check_lines(file, data, renderer) for file in files)
+    check_tokens(data, tokenizer, section)
+    return CheckedFiles(num_samples, renderer, sources)
 
 
 def check_tokens(data: DataConfig, tokenizer: Any, section: str) -> None:

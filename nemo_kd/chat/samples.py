@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import xxhash
 
 from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
-from nemo_kd.chat.files import format_of, require
+from nemo_kd.chat.files import as_jsonl, format_of, require
 from nemo_kd.chat.formats import read_conversation
 from nemo_kd.chat.render import Renderer, template_of
 from nemo_kd.config import DataConfig
@@ -126,6 +127,39 @@ def renderer_of(data: DataConfig, tokenizer: Any) -> Renderer | None:
     )
 
 
+def datasets_of(
+    data: DataConfig,
+    tokenizer: Any,
+    sources: Sequence[SourceFile],
+    classes: tuple[Any, Any, Any],
+    **settings: Any,
+) -> list[Any]:
+    """Each file of `data` as a dataset of Megatron-Bridge's kind.
+
+    Args:
+        data: The settings, with the format of the files.
+        tokenizer: The host's.
+        sources: The files.
+        classes: The host's, of plain samples, of NeMo's chats and of rendered samples.
+        **settings: Of the datasets, beside those of `data`.
+    """
+    directory = index_directory(data.index_mapping_dir, sources)
+    index = {"index_mapping_dir": directory, "memmap_workers": data.memmap_workers or 1}
+    settings = data.host_settings | index | settings
+    renderer = renderer_of(data, tokenizer)
+    plain, chat, rendered = classes
+    datasets: list[Any] = []
+    for path in data.file_names:
+        file = as_jsonl(path, directory)
+        if renderer is not None:
+            datasets.append(rendered(file, tokenizer, renderer, data.format, **settings))
+            continue
+        tokens, kind = data.chat_prompt_tokens, chat if data.chat else plain
+        datasets.append(kind(file, tokenizer, special_tokens=tokens, **settings))
+        name_line_in_errors(datasets[-1])
+    return datasets
+
+
 class RenderedSamples:
     """What makes a host's GPTSFTChatDataset take its samples from a `Renderer`.
 
@@ -158,11 +192,37 @@ class RenderedSamples:
         conversation, _ = read_conversation(example, self.kind)
         sample = self.renderer(conversation)
         tokens = torch.from_numpy(sample.tokens)
+        mask = torch.from_numpy(sample.mask.astype(np.bool_))
         return {
             "input_ids": tokens,
-            "mask": torch.from_numpy(sample.mask.astype(np.bool_)),
+            "mask": mask,  # as NeMo names it
+            "loss_mask": mask,  # as Megatron-Bridge does
             "context_ids": tokens[: sample.context_length],
             "answer_ids": tokens[sample.context_length :],
             "metadata": {},
             "is_truncated": sample.is_truncated,
         }
+
+
+def begin_token(tokenizer: Any) -> str | None:
+    """The token that a Hugging Face tokenizer puts before each text; a host puts none there."""
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if begins else None
+
+
+def warn_of_missing_begin(tokenizer: Any, datasets: list[Any]) -> None:
+    """Warn, on rank 0, of datasets whose samples lack the model's begin token."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(tokenizer, "tokenizer", None)
+    if torch.distributed.get_rank() or not isinstance(own, PreTrainedTokenizerBase):
+        return
+    begin = begin_token(own)
+    for dataset in datasets:
+        if begin and list(dataset[0]["input_ids"][:1]) != [own.bos_token_id]:
+            print(
+                f"warning: {dataset.file_path}: its samples lack {begin}, which the model expects "
+                "before each text, and without which its distributions are others: dump with "
+                "data.add_bos=true, or begin system_turn_start of a chat with it",
+                file=sys.stderr,
+            )

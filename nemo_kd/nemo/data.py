@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.cache import TopKCache
 from nemo_kd.chat import as_jsonl, is_dataset_directory
-from nemo_kd.chat.lines import check_lines, check_tokens
+from nemo_kd.chat.lines import check_files as check_lines_of
 from nemo_kd.chat.samples import (
     fingerprint_source,
     index_directory,
@@ -70,10 +70,7 @@ def check_files(model: DictConfig) -> None:
                     say(line)
             else:
                 settings = file_settings(path, data, model, says=True)
-                file = as_jsonl(path, _index_directory(path, settings))
-                renderer = renderer_of(settings, tokenizer)
-                check_lines(file, settings, renderer)
-                check_tokens(settings, tokenizer, "model.data.validation_ds")
+                check_lines_of(settings, tokenizer, "model.data.validation_ds")
 
 
 def file_settings(path: str, data: DictConfig, model: DictConfig, says: bool = False) -> DataConfig:

@@ -16,6 +16,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_kd.chat.samples import warn_of_missing_begin
 from nemo_kd.config import DistillationConfig, read_settings
 from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
 from nemo_kd.nemo.data import (
@@ -26,7 +27,6 @@ from nemo_kd.nemo.data import (
     file_dataset,
     training_blend,
 )
-from nemo_kd.nemo.nemo_file import warn_of_missing_begin
 from nemo_kd.nemo.parallel import (
     means_on_every_rank,
     schedule_multiplies_by_context_size,

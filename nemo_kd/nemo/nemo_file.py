@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -244,27 +243,3 @@ def tokenizer_of(config: DictConfig, path: Path) -> Any:
             legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
             **files,
         )
-
-
-def begin_token(tokenizer: Any) -> str | None:
-    """The token that a Hugging Face tokenizer puts before each text; NeMo puts none there."""
-    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token if begins else None
-
-
-def warn_of_missing_begin(tokenizer: Any, datasets: list[Any]) -> None:
-    """Warn, on rank 0, of NeMo's datasets whose samples lack the model's begin token."""
-    from transformers import PreTrainedTokenizerBase
-
-    own = getattr(tokenizer, "tokenizer", None)
-    if torch.distributed.get_rank() or not isinstance(own, PreTrainedTokenizerBase):
-        return
-    begin = begin_token(own)
-    for dataset in datasets:
-        if begin and list(dataset[0]["input_ids"][:1]) != [own.bos_token_id]:
-            print(
-                f"warning: {dataset.file_path}: its samples lack {begin}, which the model expects "
-                "before each text, and without which its distributions are others: dump with "
-                "data.add_bos=true, or begin system_turn_start of a chat with it",
-                file=sys.stderr,
-            )

@@ -10,9 +10,14 @@ from torch.utils.data import ConcatDataset
 
 from nemo_kd.cache import SourceFile
 from nemo_kd.chat import Renderer, as_jsonl
-from nemo_kd.chat.samples import index_directory, name_line_in_errors, renderer_of
+from nemo_kd.chat.samples import (
+    index_directory,
+    name_line_in_errors,
+    renderer_of,
+    warn_of_missing_begin,
+)
 from nemo_kd.config import DataConfig
-from nemo_kd.nemo.nemo_file import fingerprint_checkpoint, warn_of_missing_begin
+from nemo_kd.nemo.nemo_file import fingerprint_checkpoint
 from nemo_kd.nemo.rendered import RenderedDataset
 from nemo_kd.student.dataset import padding_multiple
 

@@ -6,10 +6,8 @@ from typing import Any
 
 from nemo_kd.cache import CacheWriter, Manifest
 from nemo_kd.cache.manifest import tokenizer_fingerprint, vocabulary_of
-from nemo_kd.chat.files import as_jsonl
-from nemo_kd.chat.lines import check_lines, check_tokens
+from nemo_kd.chat.lines import check_files
 from nemo_kd.chat.render import Renderer
-from nemo_kd.chat.samples import fingerprint_source, index_directory, renderer_of
 from nemo_kd.config import CacheConfig, DataConfig
 from nemo_kd.selection import SelectionConfig
 
@@ -55,13 +53,7 @@ def plan_cache(
         ValueError: A line, a token, `selection.k`, `cache.shards` or what lies at `cache.path` does
             not fit.
     """
-    renderer = renderer_of(data, tokenizer)
-    sources = tuple(map(fingerprint_source, data.file_names))
-    directory = index_directory(data.index_mapping_dir, sources)
-    num_samples = sum(
-        check_lines(as_jsonl(path, directory), data, renderer) for path in data.file_names
-    )
-    check_tokens(data, tokenizer, "data")
+    num_samples, renderer, sources = check_files(data, tokenizer, "data")
     manifest = Manifest(
         selection=_shaping_selection(selection),
         dataset=_shaping_data(data, renderer),

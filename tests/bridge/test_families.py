@@ -1,5 +1,6 @@
 """Each family on Megatron-Bridge computes what transformers computes, before and after training."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, config_of, save_model
 from runs import MAX_SEQ_LENGTH, run_example, scalars
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache import TopKCache
@@ -34,8 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> Model
     return model
 
 
-def dump(model: Path, jsonl: Path, cache: Path, *more: str, **how: Any) -> TopKCache:
-    run_example(
+def dump(model: Path, jsonl: Path, cache: Path, *more: str, **how: Any) -> Any:
+    """The cache; or, if the run is to fail, what it printed."""
+    output = run_example(
         DUMP,
         "device=cpu",
         f"model.hf_path={model}",
@@ -49,7 +51,7 @@ def dump(model: Path, jsonl: Path, cache: Path, *more: str, **how: Any) -> TopKC
         *more,
         **how,
     )
-    return TopKCache.open(cache)
+    return TopKCache.open(cache) if how.get("succeeds", True) else output
 
 
 def train(model: Path, cache: TopKCache, output: Path, *more: str, **how: Any) -> None:
@@ -64,6 +66,7 @@ def train(model: Path, cache: TopKCache, output: Path, *more: str, **how: Any) -
         "train.train_iters=2",
         "train.eval_interval=2",
         "train.global_batch_size=4",
+        "train.micro_batch_size=2",
         "scheduler.lr_decay_style=constant",
         "scheduler.lr_warmup_iters=0",
         f"logger.tensorboard_dir={output}/logs",
@@ -137,7 +140,13 @@ def test_a_family_computes_what_transformers_computes(
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("gemma3", "tensor"), ("nemotron", "tensor"), ("qwen3_moe", "expert"), ("gpt_oss", "expert")],
+    [
+        ("gemma3", "tensor"),
+        ("nemotron", "tensor"),
+        ("gemma2", "pipeline"),
+        ("qwen3_moe", "expert"),
+        ("gpt_oss", "expert"),
+    ],
 )
 def test_a_family_at_two_ranks(
     family: str, layout: str, models: Models, jsonl: Path, tmp_path: Path
@@ -176,7 +185,7 @@ def test_what_bridge_drops_is_refused(case: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama3", {"attention_bias": True}, "linear_qkv.bias among them"),
+        ("llama3", {"attention_bias": True}, "parameters without weights, decoder.layers.0.self"),
         ("glm4_moe", {"num_nextn_predict_layers": 1}, "layers for multi-token prediction, got 1"),
     ],
 )
@@ -193,4 +202,18 @@ def test_a_model_that_bridge_reads_in_part_is_refused(
     more = [f"cache.path={tmp_path / 'cache'}", f"data.max_seq_length={MAX_SEQ_LENGTH}"]
     output = run_example(DUMP, *arguments, *more, "selection.k=8", succeeds=False)
     assert message in output, output[-2000:]
+    assert "Traceback" not in output
+
+
+def test_weights_that_bridge_drops_are_refused(models: Models, jsonl: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(models("qwen3"), tmp_path / "model")
+    (file,) = model.glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)  # needless
+    save_file(weights, file, metadata={"format": "pt"})
+    dump(model, jsonl, tmp_path / "cache")
+    weights["model.layers.0.self_attn.sinks"] = torch.ones(4)
+    save_file(weights, file, metadata={"format": "pt"})
+    output = dump(model, jsonl, tmp_path / "other", succeeds=False)
+    assert "leave 1 weights unread, model.layers.0.self_attn.sinks among them" in output
     assert "Traceback" not in output

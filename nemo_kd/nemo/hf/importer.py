@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from nemo_kd.chat.samples import begin_token
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import quiet_host
@@ -25,7 +26,7 @@ from nemo_kd.nemo.hf.configs import nemo_config
 from nemo_kd.nemo.hf.families import MODEL_TYPES
 from nemo_kd.nemo.hf.source import Source, open_source, read_json
 from nemo_kd.nemo.hf.weights import to_megatron
-from nemo_kd.nemo.nemo_file import begin_token, save_nemo
+from nemo_kd.nemo.nemo_file import save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
 from nemo_kd.nemo.values import check_yaml_values
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nemo_kd.gguf import from_gguf
 from nemo_kd.nemo.hf.fields import check_fields, check_gguf, read_rope
 
 _INDEX = "model.safetensors.index.json"
@@ -205,33 +206,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"source: {path}: expected a JSON object, got {content!r:.60}")
     return content
-
-
-def from_gguf(tokenizer: Any, source: Path) -> Any:
-    """Return the tokenizer with the special tokens that the GGUF file itself names.
-
-    transformers 4.51 takes the end token from the field of the begin token, always prepends the
-    begin token, and would save the whole model file as tokenizer.model.
-    """
-    from gguf import GGUFReader
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
-    fields = GGUFReader(source).fields
-
-    def token(kind: str) -> str | None:
-        field = fields.get(f"tokenizer.ggml.{kind}_token_id")
-        return None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
-
-    backend = tokenizer.backend_tokenizer
-    add_bos = fields.get("tokenizer.ggml.add_bos_token")
-    if add_bos is not None and not add_bos.contents():
-        backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=token("bos"),
-        eos_token=token("eos"),
-        unk_token=token("unknown"),
-        pad_token=token("padding"),
-        chat_template=tokenizer.chat_template,
-    )

@@ -1,0 +1,73 @@
+"""Training sets blended into one, and validation sets one after another: their order is ours."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets import helpers_cpp
+from torch.utils.data import Dataset
+
+
+class Blend(Dataset[Any]):
+    """Training caches, blended by Megatron: next is the cache that lags most behind its weight."""
+
+    def __init__(
+        self, paths: list[str], weights: list[float] | None, num_samples: int, make: Any
+    ) -> None:
+        shares = np.array(weights or [1.0] * len(paths), dtype=np.float64)
+        shares /= shares.sum()
+        self._cache_of = np.zeros(num_samples, dtype=np.int16)
+        self._number_in = np.zeros(num_samples, dtype=np.int64)
+        helpers_cpp.build_blending_indices(
+            self._cache_of, self._number_in, shares, len(paths), num_samples, False
+        )
+        # As many as NeMo asks of each, because the number of its epochs shapes the order.
+        counts = [math.ceil(num_samples * share * 1.005) for share in shares]
+        self.datasets = [
+            make(path, max_num_samples=count) for path, count in zip(paths, counts, strict=True)
+        ]
+        self.collate_fn = self.datasets[0].collate_fn
+
+    def __len__(self) -> int:
+        return len(self._cache_of)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        dataset = self.datasets[self._cache_of[index]]
+        item: dict[str, Any] = dataset[int(self._number_in[index])]
+        return item
+
+
+class Sets(Dataset[Any]):
+    """Validation sets one after another, each filled up to whole global batches.
+
+    What fills a batch up is its set's last sample with nothing supervised, which weighs nothing. A
+    batch has `set_index`, the number of its set, for each sample.
+    """
+
+    def __init__(self, datasets: list[Any], global_batch_size: int) -> None:
+        self.datasets = datasets
+        sizes = [math.ceil(len(each) / global_batch_size) * global_batch_size for each in datasets]
+        self._starts = [0, *accumulate(sizes)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = bisect_right(self._starts, index) - 1
+        dataset, place = self.datasets[number], index - self._starts[number]
+        item: dict[str, Any] = dataset[min(place, len(dataset) - 1)]
+        return item | {"set_index": number, "fills_up": place >= len(dataset)}
+
+    def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """A micro batch is of one set, whose dataset knows how to collate it."""
+        numbers = torch.tensor([item["set_index"] for item in batch])
+        collated: dict[str, Any] = self.datasets[int(numbers[0])].collate_fn(batch)
+        fills_up = torch.tensor([item["fills_up"] for item in batch])
+        # Not in place: the mask may share its memory with a sample of a cache.
+        loss_mask = collated["loss_mask"].masked_fill(fills_up[:, None], 0)
+        return collated | {"set_index": numbers, "loss_mask": loss_mask}
