@@ -124,6 +124,7 @@ def test_rows_stand_at_the_tokens_before(chat_cache: TopKCache, hf_llamas: dict[
 def test_batches_equal_nemos(chat_cache: TopKCache, nemo_chat: Any, tokenizer: Any) -> None:
     from nemo_kd.loss import KDLossConfig
     from nemo_kd.nemo.dataset import GPTSFTKDDataset
+    from nemo_kd.student.rows import scatter_rows
 
     own = GPTSFTKDDataset(
         str(chat_cache.path),
@@ -141,6 +142,7 @@ def test_batches_equal_nemos(chat_cache: TopKCache, nemo_chat: Any, tokenizer: A
             if isinstance(value, torch.Tensor):
                 assert batch[key].dtype == value.dtype, key
                 torch.testing.assert_close(batch[key], value, rtol=0, atol=0, msg=key)
+        batch |= scatter_rows(batch, batch["tokens"].shape[1])
         for row, index in enumerate(indices):
             supervised = batch["loss_mask"][row].bool()
             np.testing.assert_array_equal(

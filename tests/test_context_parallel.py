@@ -61,8 +61,8 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
     from nemo_kd.loss import KDLossConfig
     from nemo_kd.nemo import cpu_backend
     from nemo_kd.nemo.dataset import GPTSFTKDDataset
-    from nemo_kd.nemo.model import TEACHER_ROWS
     from nemo_kd.nemo.packing import GPTSFTKDPackedDataset
+    from nemo_kd.student.rows import TEACHER_ROWS, scatter_rows
 
     cpu_backend.enable()
     tokenizer = AutoTokenizer(str(hf_student))
@@ -88,6 +88,7 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
             for number in range(size):
                 with standing_in(number, size):
                     model, own = on_this_rank(dict(whole))
+                rows = scatter_rows(whole, length)
                 if kind == "samples":
                     chunks = torch.arange(length).chunk(2 * size)
                     positions = torch.cat([chunks[number], chunks[-1 - number]])
@@ -99,7 +100,7 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
                     positions = partitioned_indices(bounds[bounds >= 0], length, size, number)
                 for name in TEACHER_ROWS:
                     torch.testing.assert_close(
-                        model._micro_batch.rows[name], whole[name][:, positions], msg=name
+                        model._micro_batch.rows[name], rows[name][:, positions], msg=name
                     )
                 mask = whole["loss_mask"][:, positions]
                 torch.testing.assert_close(model._micro_batch.loss_mask, mask)

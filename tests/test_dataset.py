@@ -14,6 +14,7 @@ from runs import run_example, scalars, train_arguments, write_jsonl
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.loss import KDLossConfig
+from nemo_kd.student.rows import ROW_KEYS, scatter_rows
 
 K = 5
 NEMO_SETTINGS: dict[str, dict[str, Any]] = {
@@ -122,7 +123,7 @@ def test_batches_equal_nemos(name: str, tmp_path: Path, tokenizer: Any, records:
     for indices in ([0], [1, 2, 3], list(range(12)), [3, -1]):  # NeMo pads a batch with index -1
         expected = nemo.collate_fn([nemo[index] for index in indices])
         batch = own.collate_fn([own[index] for index in indices])
-        assert batch.keys() == expected.keys() | {"topk_ids", "topk_log_probs", "tail_log_probs"}
+        assert batch.keys() == expected.keys() | set(ROW_KEYS)
         for key, value in expected.items():
             if isinstance(value, torch.Tensor):
                 assert batch[key].dtype == value.dtype, key
@@ -137,6 +138,9 @@ def test_rows_stand_where_their_token_is_predicted(
     cache = write_cache(tmp_path / "cache", nemo, tokenizer)
     own = kd_dataset(cache, tokenizer)
     batch = own.collate_fn([own[index] for index in range(12)])
+    longest = int(batch["loss_mask"].sum(1).max())
+    assert batch["topk_ids"].shape == (12, longest, K), "prompts take no room"
+    batch |= scatter_rows(batch, batch["tokens"].shape[1])
     assert batch["topk_ids"].shape == (*batch["tokens"].shape, K)
     for index, sample in enumerate(cache):
         supervised = batch["loss_mask"][index].bool()
@@ -311,7 +315,7 @@ def test_packed_batches_equal_nemos(
     for indices in ([0], [0, 1], list(range(len(own))), [0, -1]):
         expected = expected_packs.collate_fn([expected_packs[index] for index in indices])
         batch = own.collate_fn([own[index] for index in indices])
-        assert batch.keys() == expected.keys() | {"topk_ids", "topk_log_probs", "tail_log_probs"}
+        assert batch.keys() == expected.keys() | set(ROW_KEYS)
         assert batch["token_count"] == expected["token_count"]
         for key in expected.keys() - {"token_count"}:
             assert batch[key].dtype == expected[key].dtype, key
@@ -332,6 +336,7 @@ def test_packed_rows_stand_where_their_token_is_predicted(
         seen = []
         for number, packed in enumerate(own.indexed_dataset):
             batch = own.collate_fn([own[number]])
+            batch |= scatter_rows(batch, batch["tokens"].shape[1])
             start, *ends = batch["cu_seqlens"][0].tolist()
             for index, end in zip(packed, ends, strict=False):
                 sample = cache[index]

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from nemo_kd.config import DistillationConfig
 from nemo_kd.loss import vocab_parallel_kd_sft_loss
+from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
 from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, token_terms
-
-TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 
 
 class KDForwardStep:
@@ -93,13 +92,17 @@ class KDForwardStep:
         is_first, is_last = is_pp_first_stage(groups.pp), is_pp_last_stage(groups.pp)
         names = ["tokens", "position_ids"] if is_first else []
         whole = next(data_iterator)
-        rows = TEACHER_ROWS if is_last and TEACHER_ROWS[0] in whole else ()
-        names += ["labels", "loss_mask", *rows] if is_last else []
+        has_rows = is_last and ROW_KEYS[0] in whole
+        names += ["labels", "loss_mask"] if is_last else []
+        names += ROW_KEYS if has_rows else ()
         batch = {name: whole[name].cuda(non_blocking=True) for name in names}
+        if has_rows:
+            moved = {name: batch.pop(name) for name in ROW_KEYS}
+            batch |= scatter_rows(moved, batch["labels"].shape[1])
         if groups.cp.size() > 1:
             batch = get_batch_on_this_cp_rank(batch, cp_group=groups.cp)
         self.config = self.distillation.at(state.train_state.step)
-        self._rows = tuple(batch[name] for name in rows)
+        self._rows = tuple(batch[name] for name in TEACHER_ROWS if has_rows)
         output = model(
             input_ids=batch.get("tokens"),
             position_ids=batch.get("position_ids"),

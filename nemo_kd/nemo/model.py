@@ -33,6 +33,7 @@ from nemo_kd.nemo.parallel import (
     sum_gradients_of_qk_norms,
 )
 from nemo_kd.nemo.summary import Consumed
+from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
 from nemo_kd.student.terms import (
     KD_TERMS,
     SFT_TERMS,
@@ -43,7 +44,6 @@ from nemo_kd.student.terms import (
     token_terms,
 )
 
-TEACHER_ROWS = ("topk_ids", "topk_log_probs", "tail_log_probs")
 SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
 
 
@@ -57,7 +57,7 @@ class MicroBatch:
     reads the terms. No other micro batch comes in between on the stage that has the loss.
     """
 
-    rows: dict[str, Tensor]  # TEACHER_ROWS, [B, S, K] and [B, S]; empty for a jsonl
+    rows: dict[str, Tensor]  # ROW_KEYS, then on the device TEACHER_ROWS; empty for a jsonl
     cu_seqlens: Tensor | None = None  # boundaries of its packed sequences, on the host
     loss_mask: Tensor | None = None  # [B, S]
     num_tokens: Tensor | None = None  # the ones of the whole mask, at least 1
@@ -203,19 +203,20 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)
-        rows = {name: batch[name] for name in TEACHER_ROWS if name in batch}
+        rows = {name: batch[name] for name in ROW_KEYS if name in batch}
         self._micro_batch = MicroBatch(rows, cu_seqlens=batch.get("cu_seqlens"))
         self._terms.names = KD_TERMS if rows else SFT_TERMS
-        return {name: value for name, value in batch.items() if name not in TEACHER_ROWS}
+        return {name: value for name, value in batch.items() if name not in ROW_KEYS}
 
     def get_batch_on_this_context_parallel_rank(self, batch: dict[str, Any]) -> dict[str, Any]:
         micro_batch, rows = self._micro_batch, {}
-        if parallel_state.is_pipeline_last_stage():
-            device = batch["labels"].device
-            rows = {
-                name: value.to(device, non_blocking=True)
+        if parallel_state.is_pipeline_last_stage() and micro_batch.rows:
+            labels = batch["labels"]
+            moved = {
+                name: value.to(labels.device, non_blocking=True)
                 for name, value in micro_batch.rows.items()
             }
+            rows = scatter_rows(moved, labels.shape[1])
         # NeMo slices every tensor of the batch along the sequence: the rows go with the tokens.
         batch = super().get_batch_on_this_context_parallel_rank(batch | rows)
         micro_batch.rows = {name: batch.pop(name) for name in rows}

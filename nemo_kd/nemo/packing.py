@@ -122,8 +122,7 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
                 unpadded[index, : len(ends)] = torch.tensor(ends)
             processed["cu_seqlens_unpadded"] = unpadded
             processed["cu_seqlens_unpadded_argmin"] = unpadded.argmin(1, keepdim=True)
-        length = processed["tokens"].shape[1]
-        return processed | collate_rows([item["rows"] for item in batch], length)
+        return processed | collate_rows([item["rows"] for item in batch])
 
 
 def pack_samples(num_inputs: Any, pack_size: int, seed: int) -> list[list[int]]:

@@ -16,13 +16,9 @@ class CacheSamples:
 
     A host's dataset inherits from this class first and from its own GPTSFTDataset second, whose
     methods of these names are the same in every host. A batch has the host's keys with the host's
-    values, and with K the longest row of its samples:
-
-        topk_ids         [B, S, K] int32    -1 where there is no entry
-        topk_log_probs   [B, S, K] float32  -inf there
-        tail_log_probs   [B, S]    float32  -inf where there is no row
-
-    The row at s is the teacher's distribution for labels[s], tokens[s + 1] of the sample.
+    values, and the teacher's rows as `collate_rows` makes them; `scatter_rows` puts them beside the
+    tokens. The row at position s is the teacher's distribution for labels[s], tokens[s + 1] of the
+    sample.
 
     Args:
         file_path: The cache directory.
@@ -92,8 +88,7 @@ class CacheSamples:
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
         processed: dict[str, Any] = super().collate_fn(batch)  # type: ignore[misc]
-        length = processed["tokens"].shape[1]
-        return processed | collate_rows([[item["rows"]] for item in batch], length)
+        return processed | collate_rows([[item["rows"]] for item in batch])
 
 
 def samples_mapping(dataset: Any, mapping_class: type) -> Any:
