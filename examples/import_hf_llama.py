@@ -6,6 +6,7 @@
 The .nemo is written at tensor and pipeline parallel size 1. NeMo can restore it at any other size.
 """
 
+import os
 from pathlib import Path
 
 import hydra
@@ -18,6 +19,8 @@ from nemo_kd.process import announce, answer_help, user_errors
 def main(config: DictConfig) -> None:
     with user_errors():
         announce(config)
+        # Every machine builds the same layers, and computes nothing with them.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from nemo_kd.nemo.hf.importer import (
             import_hf_llama,  # seconds of imports, once the config is read
         )

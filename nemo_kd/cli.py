@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,8 @@ def _run(command: str, overrides: list[str]) -> None:
     def run(config: DictConfig) -> None:
         with user_errors():
             announce(config)
+            if command == "import-hf":  # as in examples/import_hf_llama.py
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
             getattr(importlib.import_module(f"nemo_kd.{host}.{module}"), name)(config)
 
     sys.argv = [f"nemo-kd {command}", *overrides]  # Hydra reads its arguments there

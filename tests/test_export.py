@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from nemo_kd.cache import TopKCache
 from nemo_kd.nemo.hf.exporter import kept_fields
-from nemo_kd.nemo.hf.families import LLAMA, family_of_nemo
+from nemo_kd.nemo.hf.families import FAMILIES, LLAMA, NEMO_DEFAULTS, Family, family_of_nemo
 from nemo_kd.nemo.nemo_file import load_weights, read_model_config
 
 CONFIG = (  # the settings that the model's outputs depend on
@@ -296,6 +296,18 @@ def test_ids_of_tokens_fit_the_tokenizer(
 ) -> None:
     kept = kept_fields(OmegaConf.create({"hugging_face": hugging_face}), hf_tokenizer)
     assert (kept["eos_token_id"], kept["vocab_size"]) == (eos, size)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_is_known_by_its_config(family: Family) -> None:
+    config = OmegaConf.create(family.architecture)
+    assert family_of_nemo(config) is family
+    for key, default in NEMO_DEFAULTS.items():
+        if config.get(key) == default:  # as NeMo takes it where it is left out or null
+            del config[key]
+            assert family_of_nemo(config) is family
+            config[key] = None
+            assert family_of_nemo(config) is family
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_kd.nemo.hf.fields import check_fields, check_gguf, read_rope
-from nemo_kd.nemo.hf.importer import load_source
+from nemo_kd.nemo.hf.source import open_source
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 401}
 LLAMA3 = {
@@ -303,7 +303,7 @@ def test_damaged_source_is_refused(
     shutil.copytree(hf_llamas["untied"], tmp_path / "hf")
     damage(tmp_path / "hf")
     with pytest.raises(ValueError) as error:
-        load_source(tmp_path / "hf")
+        open_source(tmp_path / "hf")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -314,7 +314,7 @@ def test_old_buffers_are_no_weights(hf_llamas: dict[str, Path], tmp_path: Path) 
     weights = load_file(file)
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(weights, file, metadata={"format": "pt"})
-    load_source(tmp_path / "hf")
+    open_source(tmp_path / "hf")
 
 
 def test_rope_of_transformers_5_reaches_the_model(
@@ -326,5 +326,5 @@ def test_rope_of_transformers_5_reaches_the_model(
         del config[field]
     config["rope_parameters"] = {"rope_theta": 5e5, **LLAMA3}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
-    model, _ = load_source(tmp_path / "hf")
-    assert (model.config.rope_theta, model.config.rope_scaling) == (5e5, LLAMA3)
+    config = open_source(tmp_path / "hf").config
+    assert (config.rope_theta, config.rope_scaling) == (5e5, LLAMA3)

@@ -1,6 +1,9 @@
 """The .nemo gives Hugging Face's logits, at one and at two vocab shards."""
 
+import ctypes
+import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +114,64 @@ def test_bad_input_is_one_clear_line(
     assert message in output
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir())
+
+
+def memory_of_import(rank: int, world_size: int, source: str, output: str) -> int:
+    """By how many bytes the memory in use, without mapped files, grew at most."""
+    from omegaconf import OmegaConf
+
+    from nemo_kd.nemo.hf.importer import import_hf_llama
+
+    # What is freed goes back to the system at once, as it does for matrices above 32 MiB.
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
+    stop, sizes = threading.Event(), [memory_in_use()]
+
+    def sample() -> None:
+        while not stop.wait(0.01):
+            sizes.append(memory_in_use())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    import_hf_llama(OmegaConf.create({"source": source, "output": output, "keep_layers": None}))
+    stop.set()
+    thread.join()
+    return max(sizes) - sizes[0]
+
+
+def memory_in_use() -> int:
+    (line,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(line)
+
+
+def test_memory_does_not_grow_with_the_model(
+    hf_llamas: dict[str, Path], hf_tokenizer: Any, tmp_path: Path
+) -> None:
+    """254 MB of weights, whose largest matrix has 13 MB, in several files."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(hf_tokenizer),
+        hidden_size=768,
+        intermediate_size=4096,
+        num_hidden_layers=11,
+        num_attention_heads=12,
+        tie_word_embeddings=False,
+        torch_dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    for weight in model.parameters():
+        weight.data.fill_(0.5)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="50MB")
+    hf_tokenizer.save_pretrained(tmp_path / "hf")
+    num_bytes = 2 * sum(weight.numel() for weight in model.parameters())
+    del model
+    small, large = (
+        run_distributed(memory_of_import, 1, str(path), str(tmp_path / f"{name}.nemo"))[0]
+        for name, path in (("small", hf_llamas["untied"]), ("large", tmp_path / "hf"))
+    )
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 4
+    assert large - small < num_bytes / 2, "two models and a copy would be four times it"
+    shutil.rmtree(tmp_path)

@@ -50,6 +50,9 @@ def quiet_host() -> None:
     from nemo.utils.get_rank import is_global_rank_zero
 
     os.environ.setdefault("MAKEFLAGS", "--silent --no-print-directory")  # NeMo calls make
+    # A log file that cannot be written, as on a full disk, shows no traceback: the run goes on, or
+    # ends with the line about what it could not save.
+    logging.raiseExceptions = False
     nemo_logging.remove_stream_handlers()
     terminal = Terminal()
     for logger in map(logging.getLogger, HOSTS):

@@ -16,7 +16,7 @@ from demo import PROMPT
 from steps import write
 from tqdm import tqdm
 
-from nemo_kd.nemo.hf.importer import load_source
+from nemo_kd.nemo.hf.source import load_source
 
 BATCH = 32
 ANSWER = "{output}"

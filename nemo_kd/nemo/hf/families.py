@@ -175,20 +175,19 @@ def family_of_nemo(nemo: Any) -> Family:
         ValueError: It has none; names the first difference from the family that is nearest.
     """
 
+    # null in a YAML is the same as leaving the key out
+    found = {key: nemo.get(key) for key in NEMO_DEFAULTS}
+    found = {key: NEMO_DEFAULTS[key] if value is None else value for key, value in found.items()}
+
     def differences(family: Family) -> list[str]:
-        return [
-            key
-            for key, expected in family.architecture.items()
-            if nemo.get(key, NEMO_DEFAULTS[key]) != expected
-        ]
+        return [key for key, expected in family.architecture.items() if found[key] != expected]
 
     nearest = min(FAMILIES, key=lambda family: len(differences(family)))
     names = ", ".join(family.name for family in FAMILIES)
     for key in differences(nearest):
         raise ValueError(
             f"source: expected a model of one of the families {names}; the nearest is "
-            f"{nearest.name} ({key}: {nearest.architecture[key]}), got "
-            f"{key}: {nemo.get(key, NEMO_DEFAULTS[key])}"
+            f"{nearest.name} ({key}: {nearest.architecture[key]}), got {key}: {found[key]}"
         )
     for key in OTHER_ARCHITECTURES:
         if nemo.get(key):

@@ -8,7 +8,7 @@ With h the hidden size, d the head size, g the key/value groups and q the query 
 Everything else is one matrix in both. families.py has the names.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ VOCAB_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")  # padd
 
 
 def to_megatron(
-    source: dict[str, Tensor],
+    source: Mapping[str, Tensor],
     family: Family,
     num_groups: int,
     layers: list[int],
