@@ -80,6 +80,20 @@ def _check_experts(model: Mapping[Any, Any], num_processes: int, section: str) -
         )
 
 
+def check_expert_training(model: Mapping[Any, Any], section: str) -> None:
+    """Refuse what Megatron refuses at the first step of a training, once the weights are read.
+
+    Raises:
+        ValueError: A model with experts is tensor-parallel and not sequence-parallel.
+    """
+    tensor_size = model["tensor_model_parallel_size"]
+    if model.get("num_moe_experts") and tensor_size > 1 and not model.get("sequence_parallel"):
+        raise ValueError(
+            f"expected {section}.sequence_parallel=true to train a model with experts at "
+            f"{section}.tensor_model_parallel_size={tensor_size}, got false"
+        )
+
+
 def say_layout(model: Mapping[Any, Any], num_processes: int, num_replicas: int) -> None:
     """Say how the processes divide the model and the data among themselves."""
     expert_size = model.get("expert_model_parallel_size") or 1

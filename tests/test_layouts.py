@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from runs import EXAMPLES
 
-from nemo_kd.layout import check_layout, check_sequence_length, check_slices
+from nemo_kd.layout import check_expert_training, check_layout, check_sequence_length, check_slices
 from nemo_kd.student.dataset import padding_multiple
 
 MODEL = {
@@ -180,6 +180,14 @@ def test_context_and_sequence_parallelism_divide_the_length(
         return check_slices(model(**changes), length, "seq_length")
     with pytest.raises(ValueError, match=message):
         check_slices(model(**changes), length, "seq_length")
+
+
+def test_experts_train_at_tensor_parallel_sizes_with_sequence_parallelism() -> None:
+    experts = model(tensor_model_parallel_size=2, num_moe_experts=4)
+    with pytest.raises(ValueError, match=r"expected model.sequence_parallel=true .*_size=2, got"):
+        check_expert_training(experts, "model")
+    check_expert_training({**experts, "sequence_parallel": True}, "model")
+    check_expert_training(model(tensor_model_parallel_size=2), "model")
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -65,7 +65,8 @@ def prepare_provider(provider: Any) -> None:
     Raises:
         ValueError: The provider asks for what the local layers cannot do.
     """
-    for key, wanted in (("sequence_parallel", False), ("context_parallel_size", 1)):
+    needs_gpu = ("sequence_parallel", False), ("multi_latent_attention", False)
+    for key, wanted in (*needs_gpu, ("context_parallel_size", 1)):
         if getattr(provider, key) != wanted:
             raise ValueError(
                 f"expected model.{key}={str(wanted).lower()} with device=cpu, got "

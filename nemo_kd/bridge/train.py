@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.layout import MANIFEST_NAME
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.layout import check_expert_training
 from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start
 from nemo_kd.student.dataset import padding_multiple
@@ -45,6 +46,7 @@ def train_kd_sft(config: DictConfig) -> None:
     bridge, provider, num_replicas = read_model(
         config.model, config.device, length, "model.seq_length"
     )
+    check_expert_training(vars(provider), "model")
     check_batches(num_replicas, config.train.micro_batch_size, config.train.global_batch_size)
     container = _container(config, provider, distillation)
     dataset = container.dataset

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
-from nemo_kd.layout import check_layout, check_sequence_length, say_layout
+from nemo_kd.layout import check_expert_training, check_layout, check_sequence_length, say_layout
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import report_short_fields
 from nemo_kd.nemo.integrity import restore_model
@@ -96,6 +96,7 @@ def check_batches(model: DictConfig, num_processes: int) -> None:
             the list of files differ in length.
     """
     num_replicas = check_layout(model, num_processes, "model")
+    check_expert_training(model, "model")
     say_layout(model, num_processes, num_replicas)
     for name in _DATASETS:
         dataset, key = model.data[name], f"model.data.{name}"

@@ -61,8 +61,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Its attention needs a GPU.
+DEEPSEEK: tuple[str, dict[str, Any]] = (
+    "DeepseekV3Config",
+    {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+    },
+)
+
+
 def config_of(family: str, **changes: Any) -> Any:
-    name, differs = FAMILIES[family]
+    name, differs = FAMILIES[family] if family != "deepseek_v3" else DEEPSEEK
     return getattr(transformers, name)(**SMALL | differs | changes)
 
 

@@ -186,6 +186,7 @@ def test_what_bridge_drops_is_refused(case: str) -> None:
     ("family", "changes", "message"),
     [
         ("llama3", {"attention_bias": True}, "parameters without weights, decoder.layers.0.self"),
+        ("deepseek_v3", {}, "expected model.multi_latent_attention=false with device=cpu"),
         ("glm4_moe", {"num_nextn_predict_layers": 1}, "layers for multi-token prediction, got 1"),
     ],
 )
