@@ -104,7 +104,7 @@ def eager(tail: str) -> Callable[[Inputs], Tensor]:
 
 
 def layer_then_loss(x: Inputs) -> Tensor:
-    return ours("label")(x._replace(logits=(x.hidden @ x.output_weight.t())[:, 0]))
+    return ours("label")(x._replace(logits=x.hidden[:, 0] @ x.output_weight.t()))
 
 
 def layer_fused(x: Inputs) -> Tensor:
@@ -189,6 +189,8 @@ def milliseconds(row: Callable[[Inputs], Tensor | None], x: Inputs, fresh: Tenso
 
 
 def peak_gib(row: Callable[[Inputs], Tensor | None], x: Inputs, fresh: Tensor) -> float:
+    # Gradients of an earlier row would be counted as there before, and be given back meanwhile.
+    x.logits.grad = x.hidden.grad = x.output_weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     milliseconds(row, x, fresh, 1)

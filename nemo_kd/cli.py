@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Hydra reads what follows, also --cfg job; argparse does not see it.
         _run(given[0], given[1:])
         return 0
+    # Libraries fork after a tokenizer has run, and would warn of its threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = _parser()
     # argparse takes no list of words after an option.
     arguments, rest = parser.parse_known_args(given)

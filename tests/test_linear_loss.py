@@ -86,8 +86,8 @@ def assert_same(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Matrix products sum 48 terms in another order: 1e-5 of the largest in float32, 1e-12 in
-    float64. In bfloat16 the two-step way rounds the gradient of the logits twice and the fused way
-    once: four units in the last place of the largest."""
+    float64. In bfloat16 each way rounds the gradient of the logits and its products: four units in
+    the last place of the largest."""
     expected, loss, expected_hidden, expected_weight = two_steps(mode, dtype)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
     torch.testing.assert_close(out.loss, loss, rtol=tolerance, atol=1e-6)

@@ -13,7 +13,7 @@ from nemo_kd.config import CacheConfig, DataConfig, DistillationConfig
 from nemo_kd.selection import SelectionConfig
 
 ROOT = Path(__file__).parent.parent
-# A host is NeMo or, later, another; a file elsewhere knows none.
+# A host is NeMo or Megatron-Bridge; a file elsewhere knows none.
 HOSTS = {"nemo", "bridge"}
 
 

@@ -3,7 +3,7 @@
 Each data-parallel replica of the teacher, of this job and of any other on the same cache, claims a
 missing shard, fills it and claims the next. The samples of a shard go through in windows. A window
 is sorted by length, so that its micro batches need little padding, and is written in its own order.
-So every micro batch depends on nothing but the shard and the manifest.
+So every micro batch depends on nothing but the shard, the manifest and data.micro_batch_size.
 
 Three things go on at the same time: worker processes make the next windows, the model computes this
 one, and a thread encodes and writes the ones before.
