@@ -111,7 +111,11 @@ def _kill_workers() -> None:
 
 
 def end_on_sigterm() -> None:
-    """Makes SIGTERM end this process with status STOPPED, until a run takes the signal over."""
+    """Makes SIGTERM end this process with status STOPPED, until a run takes the signal over.
+
+    Ctrl-C sends it to this process, which then stops in the same orderly way. Worker processes get
+    Ctrl-C too, and treat it as they treat SIGTERM. A second Ctrl-C ends the process at once.
+    """
     owner = os.getpid()
 
     def end(*_: Any) -> None:
@@ -123,7 +127,14 @@ def end_on_sigterm() -> None:
         timer.start()
         exit_stopped("stopped by SIGTERM; the same command starts again" if rank() == 0 else None)
 
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.getpid() == owner and rank() == 0:
+            os.write(2, b"\nCtrl-C: stopping as on SIGTERM; once more ends at once\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager

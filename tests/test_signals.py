@@ -75,3 +75,27 @@ def test_sigterm_at_any_moment_of_a_dump(
     if moment == DUMP[-1]:
         run_example("dump_teacher_topk.py", *run)
         assert len(TopKCache.open(tmp_path / "cache")) == 10
+
+
+# While a run starts, in a training step, while a checkpoint is written, and in a dump.
+INTERRUPTED = [
+    ("train_kd_sft.py", f"{MODEL}.restore_from"),
+    ("train_kd_sft.py", "2"),
+    ("train_kd_sft.py", f"{CHECKPOINT}._save_checkpoint"),
+    ("dump_teacher_topk.py", DUMP[-1]),
+]
+
+
+@pytest.mark.parametrize(("script", "moment"), INTERRUPTED)
+def test_ctrl_c_stops_in_the_same_way(
+    script: str, moment: str, nemos: dict[str, Path], jsonl: Path, cache: Path, tmp_path: Path
+) -> None:
+    if script == "dump_teacher_topk.py":
+        run = dump_arguments(nemos["tied"], jsonl, tmp_path / "cache")
+    else:
+        steps = ("trainer.max_steps=3", "trainer.val_check_interval=2")
+        run = arguments(nemos["tied"], cache, tmp_path / "logs", *steps)
+    output = run_example(STOPPED_RUN, "SIGINT", moment, 0, script, *run, status=143)
+    assert_stopped(output)
+    assert output.count("Ctrl-C: stopping as on SIGTERM") == 1
+    run_example(script, *run)
