@@ -43,21 +43,28 @@ class Shape:
     qkv_bias: bool = False
     tied: bool = False  # embedding and output layer are one
     rows: int = 0  # of the embedding, where it has spare ones
+    own_head_dim: int = 0  # where it is not hidden / heads
+    qk_norms: bool = False  # of each head's query and key
+
+    @property
+    def head_dim(self) -> int:
+        return self.own_head_dim or self.hidden // self.heads
 
     @property
     def layer_parameters(self) -> int:
-        head_dim = self.hidden // self.heads
+        head_dim = self.head_dim
         attention = 2 * self.hidden * head_dim * (self.heads + self.groups)
         bias = head_dim * (self.heads + 2 * self.groups) * self.qkv_bias
         norms = 2 * self.hidden * (1 if self.gated else 2)  # Nemotron's have a bias
+        norms += 2 * head_dim * self.qk_norms
         return attention + bias + (2 + self.gated) * self.hidden * self.ffn + norms
 
     @property
     def values_per_token(self) -> int:
         """What a layer keeps of a token for its backward pass."""
         norms = 4 * self.hidden  # what goes into each of the two, and what comes out
-        key_or_value = self.hidden // self.heads * self.groups
-        attention = 2 * self.hidden + 2 * key_or_value  # query, key, value, and what comes out
+        # Query and what comes out, key and value.
+        attention = 2 * self.head_dim * (self.heads + self.groups)
         return norms + attention + (2 + self.gated) * self.ffn
 
     def num_parameters(self, vocab_rows: int) -> int:

@@ -238,3 +238,15 @@ def test_the_trainer_has_the_launchers_numbers(
     config = OmegaConf.create({"trainer": {"devices": 8, "num_nodes": 3}})
     take_over_launcher(config)
     assert (config.trainer.devices, config.trainer.num_nodes) == expected
+
+
+def test_the_other_host(cluster: Cluster) -> None:
+    """NEMO_KD_HOST=bridge calls the scripts of Megatron-Bridge, which ask for rank 0's node."""
+    cluster.install("scontrol", "#!/usr/bin/env bash\necho node7\necho node8\n")
+    cluster.install("python", '#!/usr/bin/env bash\necho "called $MASTER_ADDR $*"\n')
+    status, output = cluster.run("train.sh", "+experiment=x", NEMO_KD_HOST="bridge")
+    assert status == 0, output
+    called = "called node7 " + str(ROOT / "examples" / "bridge" / "train_kd_sft.py")
+    assert output.count(f"{called} +experiment=x") == 2
+    _, output = cluster.run("train.sh", "+experiment=x")
+    assert str(ROOT / "examples" / "train_kd_sft.py") in output

@@ -1,6 +1,7 @@
 # The common part of train.sh and dump_array.sh, which source this file and call run_example.
 #
-# Two variables of the environment that you submit from:
+# Three variables of the environment that you submit from:
+#   NEMO_KD_HOST  bridge: the runs are those of Megatron-Bridge; unset: those of NeMo
 #   IMAGE   the container (see Dockerfile) as pyxis names it. If it is unset, the jobs use the Python
 #           of that environment and the examples of the checkout.
 #   MOUNTS  more directories for the container, besides the one of submission, for instance
@@ -19,6 +20,12 @@ run_example() {
       "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}"
       "--container-workdir=$PWD"
     )
+  fi
+  if [[ ${NEMO_KD_HOST-} == bridge ]]; then
+    examples+=/bridge
+    # Lightning finds the node of rank 0 by itself, Bridge does not.
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    export MASTER_ADDR
   fi
   # One queue of kernels keeps the order in which Megatron starts collectives and products, which
   # lets them overlap under tensor parallelism. Expandable segments: batches differ in length, and
