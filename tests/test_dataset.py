@@ -12,6 +12,7 @@ import torch
 from runs import run_example, scalars, train_arguments, write_jsonl
 
 from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache
+from nemo_kd.cache.codec import RawCodec
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.rows import ROW_KEYS, scatter_rows
@@ -154,6 +155,22 @@ def test_rows_stand_where_their_token_is_predicted(
         assert (batch["topk_ids"][index][~supervised] == -1).all()
         assert (batch["topk_log_probs"][index][~supervised] == -torch.inf).all()
         assert (batch["tail_log_probs"][index][~supervised] == -torch.inf).all()
+
+
+def test_a_stage_without_the_loss_decodes_no_rows(
+    tmp_path: Path, tokenizer: Any, records: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = write_cache(tmp_path / "cache", nemo_dataset(tmp_path, records, tokenizer), tokenizer)
+    with_rows, without = (kd_dataset(cache, tokenizer, reads_rows=reads) for reads in (True, False))
+    expected = with_rows.collate_fn([with_rows[index] for index in range(12)])
+    monkeypatch.setattr(RawCodec, "decode", None)
+    batch = without.collate_fn([without[index] for index in range(12)])
+    for key in expected.keys() - set(ROW_KEYS):
+        if isinstance(expected[key], torch.Tensor):
+            assert torch.equal(batch[key], expected[key]), key
+    assert batch["topk_ids"].shape == (12, 0, 1)
+    rows = scatter_rows(batch, batch["tokens"].shape[1])
+    assert (rows["topk_ids"] == -1).all()
 
 
 def test_sample_order_follows_the_seed(tmp_path: Path, tokenizer: Any, records: Any) -> None:

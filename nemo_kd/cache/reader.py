@@ -35,6 +35,9 @@ from nemo_kd.cache.pair import PairReader
 _NUM_OPEN_SHARDS = 16
 
 
+_NO_ROWS = (np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32), np.zeros(0, np.float32))
+
+
 class TopKCache:
     """A sequence of samples: `len(cache)`, `cache[i]`, `for sample in cache`.
 
@@ -95,11 +98,18 @@ class TopKCache:
             IndexError: there is no such sample.
             ValueError: the sample's bytes are not those that were written; names the file.
         """
+        return self.read(index)
+
+    def read(self, index: int, rows: bool = True) -> Sample:
+        """The same; without `rows` it has none, as if no token were supervised but in its mask.
+
+        Decoding the rows takes most of the time. Their bytes are read and checked all the same.
+        """
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"sample {index} of a cache of {len(self)} samples")
         shard, position = divmod(number, self.manifest.samples_per_shard)
-        return self._shard(shard).sample(position)
+        return self._shard(shard).sample(position, rows)
 
     def num_tokens(self) -> Array:
         """Tokens of each sample, int32 [samples]. Reads one .idx of each shard.
@@ -207,7 +217,7 @@ class _Shard:
             FileIO(self._directory / CHECKSUMS_NAME) if manifest.format_version > 1 else None
         )
 
-    def sample(self, position: int) -> Sample:
+    def sample(self, position: int, with_rows: bool) -> Sample:
         arrays = {name: pair[position] for name, pair in self._pairs.items()}
         tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
         try:
@@ -215,7 +225,9 @@ class _Shard:
                 stored = os.pread(self._checksums.fileno(), 8, 8 * position)
                 if checksum(arrays).to_bytes(8, "little") != stored:
                     raise ValueError(f"its checksum differs: {self._changed()}")
-            rows = self._codec.decode(arrays, int(loss_mask.sum()))
+            rows = _NO_ROWS
+            if with_rows:
+                rows = self._codec.decode(arrays, int(loss_mask.sum()))
             if (loss_mask.size, arrays["context_length"].size) != (tokens.size, 1):
                 raise ValueError("its pairs do not belong together")
         except ValueError as error:

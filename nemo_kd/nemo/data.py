@@ -198,6 +198,7 @@ def cache_dataset(
     """A cache as NeMo's SFT dataset, with those of its settings that a cache leaves open."""
     settings = {
         "kd_config": config,
+        "reads_rows": parallel_state.is_pipeline_last_stage(),
         "max_seq_length": data.max_seq_length,
         "pad_seq_length_to_mult": padding_multiple(model),
         "pad_to_max_length": data.get("pad_to_max_length", False),

@@ -32,6 +32,7 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
         file_path: The cache directory.
         tokenizer: The student's tokenizer.
         kd_config: The objective that the rows are for.
+        reads_rows: As GPTSFTKDDataset's.
         context_parallel_size: If over 1, each sample is padded as NeMo's
             prepare_packed_ft_dataset.py pads it, so that it divides among the ranks.
         **nemo_settings: GPTSFTPackedDataset's.
@@ -46,10 +47,11 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
         tokenizer: Any,
         *,
         kd_config: KDLossConfig,
+        reads_rows: bool = True,
         context_parallel_size: int = 1,
         **nemo_settings: Any,
     ) -> None:
-        self.kd_config = kd_config
+        self.kd_config, self.reads_rows = kd_config, reads_rows
         self.context_parallel_size = context_parallel_size
         super().__init__(file_path, tokenizer, **nemo_settings)
 
@@ -59,6 +61,7 @@ class GPTSFTKDPackedDataset(GPTSFTPackedDataset):
             self.file_path,
             self.tokenizer,
             kd_config=self.kd_config,
+            reads_rows=self.reads_rows,
             max_seq_length=self.max_seq_length,
         )
         num_inputs = self._num_inputs(self.samples.cache.num_tokens())

@@ -24,6 +24,7 @@ class CacheSamples:
         file_path: The cache directory.
         tokenizer: The student's tokenizer.
         kd_config: The objective that the rows are for.
+        reads_rows: Whether batches have rows: false on a pipeline stage that has no loss.
         **host_settings: GPTSFTDataset's; those that shape the tokens are the cache's own.
 
     Raises:
@@ -36,9 +37,15 @@ class CacheSamples:
     sample_mapping_class: type  # of the host: the order of the samples, epoch by epoch, by the seed
 
     def __init__(
-        self, file_path: str, tokenizer: Any, *, kd_config: KDLossConfig, **host_settings: Any
+        self,
+        file_path: str,
+        tokenizer: Any,
+        *,
+        kd_config: KDLossConfig,
+        reads_rows: bool = True,
+        **host_settings: Any,
     ) -> None:
-        self.kd_config = kd_config
+        self.kd_config, self.reads_rows = kd_config, reads_rows
         super().__init__(file_path, tokenizer, **host_settings)  # type: ignore[call-arg]
 
     def _load_dataset(self) -> None:
@@ -62,7 +69,7 @@ class CacheSamples:
         """Makes a sample of the cache what the host makes of a line of the jsonl."""
         if self.samples_mapping is not None:
             index, _, _ = self.samples_mapping[index]
-        sample, manifest = self.cache[index], self.cache.manifest
+        sample, manifest = self.cache.read(index, self.reads_rows), self.cache.manifest
         if self.student_ids is not None:
             sample = with_student_ids(sample, self.student_ids)
         tokens = sample.tokens.tolist()

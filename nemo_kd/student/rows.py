@@ -26,12 +26,14 @@ class Rows(NamedTuple):
 def sample_rows(sample: Sample, config: KDLossConfig, dumped_at: float) -> Rows:
     """The rows of a cache's sample: the row for token t stands at t - 1, which predicts t.
 
+    A sample that was read without its rows has none.
+
     Args:
         config: the objective that the rows are for.
         dumped_at: the temperature of the cache's log-probs.
     """
     return Rows(
-        torch.from_numpy(sample.loss_mask).nonzero()[:, 0] - 1,
+        torch.from_numpy(sample.loss_mask).nonzero()[: len(sample.topk_ids), 0] - 1,
         torch.from_numpy(sample.topk_ids),
         _untempered(torch.from_numpy(sample.topk_log_probs), config, dumped_at),
         torch.from_numpy(sample.tail_log_probs),
