@@ -6,6 +6,10 @@ own layers, with the names of its weights, and computes what it computes on a GP
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -186,3 +190,21 @@ class TEColumnParallelGroupedLinear(TEGroupedLinear):
 
 class TERowParallelGroupedLinear(TEGroupedLinear):
     dim = 1
+
+
+@contextmanager
+def importable_transformer_engine() -> Iterator[None]:
+    """Let a host be imported that imports Transformer Engine whether it is there or not."""
+    engine = types.ModuleType("transformer_engine")
+    pytorch = types.ModuleType("transformer_engine.pytorch")
+    engine.__path__, engine.pytorch = [], pytorch  # type: ignore[attr-defined]
+    for name in ("Linear", "LayerNormLinear"):  # base classes of adapters
+        setattr(pytorch, name, type(name, (torch.nn.Module,), {}))
+    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
+    stubs = {"transformer_engine": engine, "transformer_engine.pytorch": pytorch}
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]

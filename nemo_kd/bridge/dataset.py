@@ -25,6 +25,7 @@ from nemo_kd.chat.samples import (
     with_found_format,
 )
 from nemo_kd.config import DataConfig
+from nemo_kd.core_tokenizer import Tokenizer
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.process import say
 from nemo_kd.student.dataset import CacheSamples
@@ -55,28 +56,6 @@ class ChatDataset(GPTSFTChatDataset):
 
 class RenderedDataset(RenderedSamples, ChatDataset):
     """Bridge's chat dataset with samples of a `Renderer`: see RenderedSamples."""
-
-
-class Tokenizer:
-    """Core's tokenizer with the names by which NeMo's is asked, so that fingerprints are equal."""
-
-    def __init__(self, core: Any) -> None:
-        self._core = core
-        self.tokenizer = core._tokenizer.tokenizer  # Hugging Face's
-        # As NeMo finds it. Without it the datasets drop the blank between prompt and answer.
-        tokens = self.tokenizer.tokenize
-        self.space_sensitive = tokens("x y") != tokens("x") + tokens("y")
-
-    def ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return list(self._core._tokenizer.ids_to_tokens(ids))
-
-    def text_to_ids(self, text: str) -> list[int]:
-        return list(self._core.tokenize(text))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_core":  # not there yet: while it is unpickled
-            raise AttributeError(name)
-        return getattr(self._core, name)
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.chat.samples import warn_of_missing_begin, with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.core_tokenizer import Tokenizer
+from nemo_kd.hf_config import hf_files
 from nemo_kd.ranks import on_rank_zero, start
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.student.dataset import padding_multiple
@@ -47,7 +48,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
     from megatron.core import parallel_state
 
-    from nemo_kd.bridge.dataset import Tokenizer, file_datasets
+    from nemo_kd.bridge.dataset import file_datasets
     from nemo_kd.bridge.models import read_model, tokenizer_config
 
     start(config.device)
@@ -84,11 +85,7 @@ def _fingerprint(config: DictConfig) -> str:
     """Hash the teacher's files, and all settings that shape its logits."""
     model: Any = OmegaConf.to_container(config.model, resolve=True)
     settings = {key: model[key] for key in model if key not in _NOT_IN_FINGERPRINT}
-    files = sorted(
-        path
-        for kind in ("config.json", "*.safetensors")
-        for path in Path(config.model.hf_path).glob(kind)
-    )
+    files = hf_files(config.model.hf_path)
     return fingerprint_model(files, json.dumps([settings, config.device], sort_keys=True))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_kd.config import DistillationConfig
 from nemo_kd.student.model_loss import MicroBatch, ModelLoss
 from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
-from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
+from nemo_kd.student.terms import of_each_set
 
 
 class KDForwardStep:
@@ -90,16 +90,9 @@ class KDForwardStep:
         num_tokens, terms = mask.sum(), self.loss.micro_batch.token_terms
         # The fused loss is the sum already.
         loss = losses.flatten() @ mask if losses.dim() else losses
-        sums = {"lm loss": loss.detach()}
-        sums |= {name: term.flatten() @ mask for name, term in terms.items()}
+        sums = {name: term.flatten() @ mask for name, term in terms.items()}
+        sums = {"lm loss": loss.detach()} | sums
         report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
         if set_number is not None:
-            # Bridge asks each micro batch for the same keys, and divides by the tokens of each.
-            none = torch.zeros_like(report["lm loss"])
-            of_all = ("lm loss", *(KD_TERMS if self.num_with_rows else SFT_TERMS))
-            own, report = report, {name: report.get(name, none) for name in of_all}
-            for number, name in enumerate(self.set_names):
-                has_rows = number < self.num_with_rows
-                for term in ("lm loss", *(KD_TERMS if has_rows else SFT_TERMS)):
-                    report[f"{term} {name}"] = own[term] if number == set_number else none
+            report = of_each_set(report, set_number, self.set_names, self.num_with_rows)
         return loss, num_tokens.to(torch.int), report

@@ -9,19 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.layout import MANIFEST_NAME
+from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
-from nemo_kd.process import exit_stopped, rank, say
+from nemo_kd.process import check_new_directory, exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start
 from nemo_kd.student.dataset import padding_multiple
+from nemo_kd.student.run_record import (
+    check_record,
+    fingerprints_of,
+    objective_of,
+    renew_optimizer,
+    write_record,
+)
 from nemo_kd.values import set_fields
 
 _SECTIONS = (
-    *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
+    *(
+        "device",
+        "save_hf",
+        "resume_changed",
+        "model",
+        "knowledge_distillation",
+        "dataset",
+        "train",
+        "optimizer",
+    ),
     *("data", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
 )
 
@@ -36,6 +54,7 @@ def train_kd_sft(config: DictConfig) -> None:
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
     from nemo_kd.bridge.dataset import check_sets
     from nemo_kd.bridge.forward_step import KDForwardStep
@@ -51,10 +70,11 @@ def train_kd_sft(config: DictConfig) -> None:
     container = _container(config, provider, distillation)
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
+    on_rank_zero(lambda: _record(config, checkpoint_exists(container.checkpoint.load)))
     step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
     provider.register_pre_wrap_hook(step.install)
     try:
-        pretrain(container, step, callbacks=_callbacks(step, bridge, config.save_hf))
+        pretrain(container, step, callbacks=_callbacks(step, bridge, config))
     except SystemExit:  # Bridge has saved a checkpoint and ends the process
         if step.state is not None and any(step.state.signal_handler.signals_received()):
             saved = container.checkpoint.save is not None
@@ -64,11 +84,43 @@ def train_kd_sft(config: DictConfig) -> None:
         raise
 
 
-def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
+def _record(config: DictConfig, resumes: bool) -> None:
+    """Keep beside the checkpoints what the run trains. Called on rank 0 only.
+
+    Raises:
+        ValueError: The checkpoint to resume from is of a run with other settings.
+    """
+    own: Any = OmegaConf.to_container(config, resolve=True)
+    model, dataset = own["model"], own["dataset"]
+    directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
+    iterations = own["train"]["train_iters"]
+    if not iterations:  # validates alone
+        return
+    settings = {
+        "knowledge_distillation": objective_of(own["knowledge_distillation"]),
+        "model": {key: model[key] for key in ("seq_length", "calculate_per_token_loss")},
+        "dataset": {key: dataset[key] for key in ("weights", "seed")},
+        "train": {"global_batch_size": own["train"]["global_batch_size"]},
+        "optimizer": {k: v for k, v in own["optimizer"].items() if "distributed" not in k},
+        "scheduler": {
+            k: v or iterations * (k == "lr_decay_iters") for k, v in own["scheduler"].items()
+        },
+    }
+    settings["model"]["hf_path"] = fingerprint_model(hf_files(model["hf_path"]))
+    settings["dataset"]["train_caches"] = fingerprints_of(dataset["train_caches"])
+    if resumes and not own["resume_changed"]:
+        remedy = "Give this run another checkpoint.save"
+        check_record(Path(loaded or directory), settings, "", remedy)
+    if directory is not None:
+        write_record(Path(directory), settings)
+
+
+def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:
     """What Bridge calls. Once it returns, it has no model parallel groups to save with."""
     from megatron.bridge.training.callbacks import CallbackManager
 
     def save(_: Any) -> None:
+        save_hf = config.save_hf
         if save_hf is None:
             return
         # Under its own name only when it is whole.
@@ -82,13 +134,23 @@ def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
             os.rename(unfinished, save_hf)
         say(f"{save_hf}: the student as a Hugging Face model")
 
+    def begin(context: Any) -> None:
+        # Bridge 0.3 makes the handler that its loop asks, and does not install it.
+        context.state.signal_handler.__enter__()
+        num_done, num_steps = context.state.train_state.step, context.state.cfg.train.train_iters
+        if num_done:
+            left = "the run resumes" if num_done < num_steps else "nothing is left to train"
+            say(f"{context.state.cfg.checkpoint.load}: step {num_done} of {num_steps}: {left}")
+        if num_done and config.resume_changed:
+            renew_optimizer(context.optimizer.param_groups, context.state.cfg.optimizer)
+            context.scheduler.step(0)
+
     def begin_anew(context: Any) -> None:
         """Bridge's sampler would begin the next validation where the last one ended."""
         context.state.train_state.consumed_valid_samples = 0
 
     callbacks = CallbackManager()
-    # Bridge 0.3 makes the handler that its loop asks, and does not install it.
-    callbacks.register("on_train_start", lambda context: context.state.signal_handler.__enter__())
+    callbacks.register("on_train_start", begin)
     callbacks.register("on_train_end", save)
     callbacks.register("on_eval_end", begin_anew)
     return callbacks
@@ -113,11 +175,7 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
         raise ValueError("dataset.train_caches: expected cache directories, got none")
     if config.save_hf is not None:
         config.save_hf = os.path.normpath(config.save_hf)
-        parent = Path(config.save_hf).absolute().parent
-        if Path(config.save_hf).exists():
-            raise ValueError(f"save_hf: expected a new directory, but there is {config.save_hf}")
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"save_hf: expected a directory to write in, got {parent}")
+        check_new_directory(config.save_hf, "save_hf")
     for key in "load", "pretrained_checkpoint":
         path = config.checkpoint.get(key)
         if path is not None and not Path(path).is_dir():
@@ -183,6 +241,8 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
         dist=bridge.DistributedInitConfig(distributed_backend="nccl" if on_gpu else "gloo"),
         mixed_precision=config.mixed_precision if on_gpu else None,
     )
+    if config.resume_changed:
+        container.scheduler.override_opt_param_scheduler = True
     # Bridge leaves them null, and then multiplies null.
     for name in "start_weight_decay", "end_weight_decay":
         if getattr(container.scheduler, name) is None:

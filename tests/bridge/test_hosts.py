@@ -170,6 +170,40 @@ def test_a_resumed_run_has_the_same_curve(
         np.testing.assert_allclose(curves(logs)[name], values[6:], rtol=1e-4, err_msg=name)
 
 
+CHANGES = {
+    "knowledge_distillation.tail": ("label", "bucket"),
+    "optimizer.lr": (0.001, 0.002),
+    "dataset.seed": (1, 2),
+    "scheduler.lr_decay_iters": (2, 3),  # null: train.train_iters
+}
+
+
+def test_another_run_in_the_same_directory_is_refused(
+    cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ("train.micro_batch_size=4", "train.train_iters=2", "checkpoint.save_interval=2")
+    run = train_arguments(wide_llamas["tied"], cache, tmp_path, *more)
+    run_example(TRAIN, *run)
+    given = [f"{key}={now}" for key, (_, now) in CHANGES.items() if "decay" not in key]
+    changed = [*run, *given, "train.train_iters=3"]
+    output = run_example(TRAIN, *changed, succeeds=False)
+    for key, (before, now) in CHANGES.items():
+        assert f"{key} was {before!r} and is {now!r}" in output, output[-2000:]
+    assert "Traceback" not in output
+    student = f"model.hf_path={wide_llamas['untied']}"
+    assert "model.hf_path was '" in run_example(TRAIN, *run, student, succeeds=False)
+    logs = tmp_path / "resumed"
+    output = run_example(TRAIN, *run, f"save_hf={tmp_path / 'kd-hf'}")
+    assert "step 2 of 2: nothing is left to train" in output
+    assert (tmp_path / "kd-hf" / "config.json").exists(), "the student is saved all the same"
+    allowed = ("resume_changed=true", f"logger.tensorboard_dir={logs}")
+    output = run_example(TRAIN, *changed, *allowed)
+    assert "step 2 of 3: the run resumes" in output
+    assert scalars(logs)["learning-rate"] == [pytest.approx(0.002)]
+    # From then on the new settings are the run's.
+    assert "optimizer.lr was 0.002 and is 0.001" in run_example(TRAIN, *run, succeeds=False)
+
+
 def test_sigterm_saves_a_checkpoint_and_resumes(
     cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
