@@ -72,7 +72,7 @@ def train_kd_sft(config: DictConfig) -> None:
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
     on_rank_zero(lambda: _record(config, checkpoint_exists(container.checkpoint.load)))
     step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
-    provider.register_pre_wrap_hook(step.install)
+    provider.register_pre_wrap_hook(step.install, prepend=True)  # before the weights are read
     try:
         pretrain(container, step, callbacks=_callbacks(step, bridge, config))
     except SystemExit:  # Bridge has saved a checkpoint and ends the process
@@ -184,10 +184,6 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
         raise ValueError(
             "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
             "1, got false: a rank may have no supervised token of a micro batch"
-        )
-    if config.knowledge_distillation.fuse_output_layer:
-        raise ValueError(
-            "knowledge_distillation.fuse_output_layer: expected false on this host, got true"
         )
     validates = config.train.train_iters == 0
     if config.save_hf is None and config.checkpoint.save is None and not validates:

@@ -57,9 +57,11 @@ class ModelLoss:
         if self.fuse_output_layer:
             layer = model.output_layer
             if type(layer) is not ColumnParallelLinear:
+                # Bridge's subclasses have the name of what they extend: their bases tell more.
+                bases = " and ".join(base.__name__ for base in type(layer).__bases__)
                 raise ValueError(
-                    f"expected a plain output layer with fuse_output_layer=true, got "
-                    f"{type(layer).__name__}, which does more than a product; set it to false"
+                    f"expected a plain output layer with fuse_output_layer=true, got one that "
+                    f"extends {bases}, and does more than a product; set it to false"
                 )
             layer.forward = partial(self._hidden_for_logits, layer, layer.forward)
         cross_entropy = model.compute_language_model_loss

@@ -128,14 +128,32 @@ def test_another_layout_has_the_same_curve(
     np.testing.assert_allclose(curves(tmp_path)["grad_norm"][:6], expected[:6], rtol=1e-4)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_fused_output_layer_has_the_same_curve(
+    processes: int, cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ("train.micro_batch_size=2", f"model.tensor_model_parallel_size={processes}")
+    found = []
+    for fused in "false", "true":
+        logs = tmp_path / fused
+        arguments = train_arguments(wide_llamas["tied"], cache, logs, *more)
+        key = f"knowledge_distillation.fuse_output_layer={fused}"
+        run_example(TRAIN, *arguments, key, processes=processes)
+        found.append(curves(logs) | {"validated": scalars(logs)["kd_loss validation"]})
+    assert len(found[0]["kd_loss"]) == STEPS
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-4, err_msg=name)
+
+
 def test_tokens_weigh_alike_however_they_are_cut(
     cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Over micro batches and replicas, with model.calculate_per_token_loss=true."""
+    """Over micro batches and replicas, with model.calculate_per_token_loss=true; fused too."""
     found = []
-    for processes, size in ((1, 4), (1, 1), (2, 2)):
+    for processes, size, fused in ((1, 4, False), (1, 1, False), (2, 2, True)):
         logs = tmp_path / f"{processes}-{size}"
-        more = (f"train.micro_batch_size={size}", "model.calculate_per_token_loss=true")
+        more = [f"train.micro_batch_size={size}", "model.calculate_per_token_loss=true"]
+        more.append(f"knowledge_distillation.fuse_output_layer={fused}")
         arguments = train_arguments(wide_llamas["tied"], cache, logs, *more)
         run_example(TRAIN, *arguments, processes=processes)
         found.append(curves(logs))
