@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.chat.samples import warn_of_missing_begin, with_found_format
-from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.config import CacheConfig, DataConfig, read_dump, refuse_unknown_keys
 from nemo_kd.core_tokenizer import Tokenizer
 from nemo_kd.hf_config import hf_files
 from nemo_kd.ranks import on_rank_zero, start
@@ -22,6 +22,7 @@ from nemo_kd.teacher.fill import fill_cache
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.replica import PATIENCE, Replica
+from nemo_kd.yaml_rules import check_yaml_values
 
 # Keys of `model` that leave the logits as they are.
 _NOT_IN_FINGERPRINT = (
@@ -37,12 +38,8 @@ def dump_teacher_topk(config: DictConfig) -> None:
         ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
             cache held stays.
     """
-    refuse_unknown_keys(config, ("device", "model", "data", "selection", "cache"))
-    if config.device not in ("gpu", "cpu"):
-        raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
-    data = with_found_format(read_settings(DataConfig, config.data, "data"))
-    selection = read_settings(SelectionConfig, config.selection, "selection")
-    cache = read_settings(CacheConfig, config.cache, "cache")
+    data, selection, cache = check_settings(config)
+    data = with_found_format(data)
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
@@ -79,6 +76,17 @@ def dump_teacher_topk(config: DictConfig) -> None:
         start=lambda: _replica_and_forward(model, selection, tokenizer.vocab_size),
         is_first_replica=parallel_state.get_expert_data_parallel_rank() == 0,
     )
+
+
+def check_settings(config: DictConfig) -> tuple[DataConfig, SelectionConfig, CacheConfig]:
+    """Read the sections that are this package's own.
+
+    Raises:
+        ValueError: There is a key that nothing reads, or a setting does not fit.
+    """
+    check_yaml_values(config, "bridge/dump_teacher_topk")
+    refuse_unknown_keys(config, ("device", "model", "data", "selection", "cache"))
+    return read_dump(config)
 
 
 def _fingerprint(config: DictConfig) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.layout import MANIFEST_NAME
@@ -28,19 +28,11 @@ from nemo_kd.student.run_record import (
     write_record,
 )
 from nemo_kd.values import set_fields
+from nemo_kd.yaml_rules import check_yaml_values
 
 _SECTIONS = (
-    *(
-        "device",
-        "save_hf",
-        "resume_changed",
-        "model",
-        "knowledge_distillation",
-        "dataset",
-        "train",
-        "optimizer",
-    ),
-    *("data", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
+    *("device", "save_hf", "resume_changed", "model", "knowledge_distillation", "dataset", "data"),
+    *("train", "optimizer", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
 )
 
 
@@ -50,7 +42,7 @@ def train_kd_sft(config: DictConfig) -> None:
     Raises:
         ValueError: A setting, the student or a cache does not fit.
     """
-    distillation = _check_settings(config)
+    distillation = check_settings(config)
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
@@ -156,23 +148,25 @@ def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:
     return callbacks
 
 
-def _check_settings(config: DictConfig) -> DistillationConfig:
+def check_settings(config: DictConfig) -> DistillationConfig:
     """Check what can be checked before Bridge is imported.
 
     Raises:
         ValueError: A setting does not fit.
     """
+    check_yaml_values(config, "bridge/train_kd_sft")
     refuse_unknown_keys(config, _SECTIONS)
-    if config.device not in ("gpu", "cpu"):
-        raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
-    for key in "train_caches", "validation_caches", "validation_files":
-        if not isinstance(config.dataset[key], ListConfig):
-            raise ValueError(f"dataset.{key}: expected a list [...], got {config.dataset[key]!r}")
-        for path in config.dataset[key] if "caches" in key else ():
+    objective = config.knowledge_distillation
+    distillation = read_settings(DistillationConfig, objective, "knowledge_distillation")
+    for key in "train_caches", "validation_caches":
+        for path in config.dataset[key]:
             if not (Path(path) / MANIFEST_NAME).is_file():
                 raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
-    if not config.dataset.train_caches:
-        raise ValueError("dataset.train_caches: expected cache directories, got none")
+    for key in "optimizer.min_lr", "scheduler.lr_warmup_init":
+        if (rate := OmegaConf.select(config, key)) > config.optimizer.lr:
+            raise ValueError(
+                f"{key}: expected at most optimizer.lr={config.optimizer.lr}, got {rate}"
+            )
     if config.save_hf is not None:
         config.save_hf = os.path.normpath(config.save_hf)
         check_new_directory(config.save_hf, "save_hf")
@@ -191,9 +185,7 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
             "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
             "leave nothing"
         )
-    return read_settings(
-        DistillationConfig, config.knowledge_distillation, "knowledge_distillation"
-    )
+    return distillation
 
 
 def _container(config: DictConfig, provider: Any, distillation: DistillationConfig) -> Any:

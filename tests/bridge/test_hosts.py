@@ -241,7 +241,10 @@ def test_sigterm_saves_a_checkpoint_and_resumes(
 BAD: dict[str, tuple[list[str], str]] = {
     "no such model": (["model.hf_path=nowhere"], "found no nowhere/config.json"),
     "no such cache": (["dataset.train_caches=[nowhere]"], "expected cache directories, found none"),
-    "no brackets": (["dataset.train_caches=cache"], "expected a list [...], got 'cache'"),
+    "no brackets": (
+        ["dataset.train_caches=cache"],
+        "expected a list [...] of one or more values, each a text, got 'cache'",
+    ),
     "two sets of one name": (
         ["dataset.validation_caches=[CACHE,CACHE]"],
         "dataset.names: expected distinct names, got ['cache', 'cache']",
@@ -253,6 +256,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nothing is kept": (["checkpoint.save=null"], "expected save_hf=DIRECTORY or checkpoint.save"),
     "no checkpoint": (["checkpoint.load=nowhere"], "checkpoint.load: expected a directory"),
     "an objective that does not fit": (["knowledge_distillation.tail=none"], "tail"),
+    "a learning rate below its minimum": (
+        ["optimizer.min_lr=1"],
+        "optimizer.min_lr: expected at most optimizer.lr=0.001, got 1",
+    ),
     "a short sequence": (["model.seq_length=16"], "was dumped with data.max_seq_length=48"),
     "a layout that does not fit": (
         ["model.tensor_model_parallel_size=3"],
