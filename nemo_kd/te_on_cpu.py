@@ -86,6 +86,8 @@ def _norm_and_linear() -> type:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
     class TELayerNormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+        return_layernorm_output = False
+
         def __init__(self, input_size: int, output_size: int, *, config: Any, **settings: Any):
             super().__init__(input_size, output_size, config=config, **settings)
             self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(input_size, config)
@@ -93,7 +95,9 @@ def _norm_and_linear() -> type:
         def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             weight, bias = self.layer_norm_weight, self.layer_norm_bias
             normal = _norm(hidden, weight, bias, self.config, self.config.layernorm_epsilon)
-            return super().forward(normal, *args, **kwargs)
+            output = super().forward(normal, *args, **kwargs)
+            # An adapter takes the norm's output, too.
+            return (*output, normal) if self.return_layernorm_output else output
 
     return TELayerNormColumnParallelLinear
 

@@ -83,6 +83,8 @@ def _import_bridge() -> None:
         import megatron.bridge
         import megatron.bridge.training.gpt_step
         import megatron.bridge.training.pretrain  # noqa: F401
+        from megatron.bridge.peft import utils
+    utils.HAVE_TE = False  # the stand-ins are Megatron's own layers, and give adapters their sizes
 
 
 def _send_contiguous_shards() -> None:

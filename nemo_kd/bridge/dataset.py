@@ -15,7 +15,7 @@ from megatron.bridge.training.config import DatasetProvider
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 
 from nemo_kd.bridge.models import tokenizer_config
-from nemo_kd.cache import SourceFile, TopKCache
+from nemo_kd.cache import SourceFile
 from nemo_kd.chat.lines import check_files
 from nemo_kd.chat.samples import (
     RenderedSamples,
@@ -27,11 +27,9 @@ from nemo_kd.chat.samples import (
 from nemo_kd.config import DataConfig
 from nemo_kd.core_tokenizer import Tokenizer
 from nemo_kd.loss import KDLossConfig
-from nemo_kd.process import say
 from nemo_kd.student.dataset import CacheSamples
-from nemo_kd.student.fit import check_fits
+from nemo_kd.student.fit import check_caches
 from nemo_kd.student.sets import Blend, Sets
-from nemo_kd.student.vocabulary import check_lacking
 
 
 class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
@@ -136,14 +134,9 @@ def check_sets(dataset: KDCaches, hf_path: str) -> int:
     """
     dataset.check()
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
-    sizes = []
-    for path in (*dataset.train_caches, *dataset.validation_caches):
-        cache, length = TopKCache.open(path), dataset.seq_length
-        ids = check_fits(cache, dataset.objective, tokenizer=tokenizer, max_seq_length=length)
-        if line := check_lacking(cache, ids):
-            say(line)
-        sizes.append(len(cache))
-    del sizes[: len(dataset.train_caches)]
+    rest = (dataset.objective, tokenizer, dataset.seq_length)
+    check_caches(dataset.train_caches, *rest)
+    sizes = check_caches(dataset.validation_caches, *rest)
     sizes += [
         check_files(dataset.data_of(path, says=True), tokenizer, "data").num_samples
         for path in dataset.validation_files

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
@@ -18,21 +17,25 @@ from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse
 from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
 from nemo_kd.process import check_new_directory, exit_stopped, rank, say
-from nemo_kd.ranks import check_batches, on_rank_zero, start
+from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
-from nemo_kd.student.run_record import (
-    check_record,
-    fingerprints_of,
-    objective_of,
-    renew_optimizer,
-    write_record,
-)
+from nemo_kd.student.run_record import check_record, renew_optimizer, settings_of, write_record
 from nemo_kd.values import set_fields
 from nemo_kd.yaml_rules import check_yaml_values
 
 _SECTIONS = (
     *("device", "save_hf", "resume_changed", "model", "knowledge_distillation", "dataset", "data"),
-    *("train", "optimizer", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
+    *(
+        "peft",
+        "train",
+        "optimizer",
+        "scheduler",
+        "checkpoint",
+        "logger",
+        "ddp",
+        "rng",
+        "mixed_precision",
+    ),
 )
 
 
@@ -62,6 +65,11 @@ def train_kd_sft(config: DictConfig) -> None:
     container = _container(config, provider, distillation)
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
+    if config.peft.peft_scheme is not None:
+        from nemo_kd.bridge.lora import LoRA, add_adapters
+
+        lora = set_fields(LoRA(), config.peft, "peft", ("peft_scheme",))
+        provider.register_pre_wrap_hook(partial(add_adapters, container, lora))
     on_rank_zero(lambda: _record(config, checkpoint_exists(container.checkpoint.load)))
     step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
     provider.register_pre_wrap_hook(step.install, prepend=True)  # before the weights are read
@@ -82,24 +90,11 @@ def _record(config: DictConfig, resumes: bool) -> None:
     Raises:
         ValueError: The checkpoint to resume from is of a run with other settings.
     """
-    own: Any = OmegaConf.to_container(config, resolve=True)
-    model, dataset = own["model"], own["dataset"]
-    directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
-    iterations = own["train"]["train_iters"]
-    if not iterations:  # validates alone
+    if config.train.train_iters == 0:  # validates alone
         return
-    settings = {
-        "knowledge_distillation": objective_of(own["knowledge_distillation"]),
-        "model": {key: model[key] for key in ("seq_length", "calculate_per_token_loss")},
-        "dataset": {key: dataset[key] for key in ("weights", "seed")},
-        "train": {"global_batch_size": own["train"]["global_batch_size"]},
-        "optimizer": {k: v for k, v in own["optimizer"].items() if "distributed" not in k},
-        "scheduler": {
-            k: v or iterations * (k == "lr_decay_iters") for k, v in own["scheduler"].items()
-        },
-    }
-    settings["model"]["hf_path"] = fingerprint_model(hf_files(model["hf_path"]))
-    settings["dataset"]["train_caches"] = fingerprints_of(dataset["train_caches"])
+    own: Any = OmegaConf.to_container(config, resolve=True)
+    settings = settings_of(own, fingerprint_model(hf_files(config.model.hf_path)))
+    directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
     if resumes and not own["resume_changed"]:
         remedy = "Give this run another checkpoint.save"
         check_record(Path(loaded or directory), settings, "", remedy)
@@ -112,19 +107,11 @@ def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:
     from megatron.bridge.training.callbacks import CallbackManager
 
     def save(_: Any) -> None:
-        save_hf = config.save_hf
-        if save_hf is None:
-            return
-        # Under its own name only when it is whole.
-        unfinished = f"{save_hf}.unfinished"
-        if rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
-        torch.distributed.barrier()
-        bridge.save_hf_pretrained(step.models, unfinished, show_progress=sys.stderr.isatty())
-        torch.distributed.barrier()
-        if rank() == 0:
-            os.rename(unfinished, save_hf)
-        say(f"{save_hf}: the student as a Hugging Face model")
+        if config.save_hf is not None:
+            bar = sys.stderr.isatty()
+            save_to = partial(bridge.save_hf_pretrained, step.models, show_progress=bar)
+            write_whole(config.save_hf, save_to)
+            say(f"{config.save_hf}: the student as a Hugging Face model")
 
     def begin(context: Any) -> None:
         # Bridge 0.3 makes the handler that its loop asks, and does not install it.

@@ -28,6 +28,29 @@ def fingerprints_of(caches: Iterable[str]) -> list[str]:
     return [TopKCache(path).manifest.fingerprint for path in caches]
 
 
+def settings_of(config: dict[str, Any], student: str) -> dict[str, Any]:
+    """What a run trains, of a YAML whose sections are named as below: those of Megatron-Bridge.
+
+    Args:
+        config: The YAML.
+        student: The fingerprint of the student's files.
+    """
+    model, dataset, iterations = config["model"], config["dataset"], config["train"]["train_iters"]
+    scheduler = config["scheduler"]
+    decay = {"lr_decay_iters": scheduler["lr_decay_iters"] or iterations}
+    shape = {key: model[key] for key in ("seq_length", "calculate_per_token_loss")}
+    order = {key: dataset[key] for key in ("weights", "seed")}
+    return {
+        "knowledge_distillation": objective_of(config["knowledge_distillation"]),
+        "model": {"hf_path": student, **shape},
+        "dataset": {"train_caches": fingerprints_of(dataset["train_caches"]), **order},
+        "train": {"global_batch_size": config["train"]["global_batch_size"]},
+        "optimizer": {k: v for k, v in config["optimizer"].items() if "distributed" not in k},
+        "scheduler": scheduler | decay,
+        "peft": config["peft"] if config["peft"]["peft_scheme"] else {},
+    }
+
+
 def check_record(directory: Path, settings: dict[str, Any], above: str, remedy: str) -> None:
     """Compare what a run trains with what the run trained that left the directory's checkpoints.
 

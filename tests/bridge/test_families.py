@@ -217,6 +217,13 @@ def test_an_output_layer_that_does_more_is_not_fused(
     assert "Traceback" not in output
 
 
+def test_experts_have_no_adapters_here(models: Models, jsonl: Path, tmp_path: Path) -> None:
+    cache = dump(models("qwen3_moe"), jsonl, tmp_path / "cache")
+    output = train(models("qwen3_moe"), cache, tmp_path, "peft.peft_scheme=lora", succeeds=False)
+    assert "peft.target_modules: Layer type is unrecognized for LoRA" in output, output[-2000:]
+    assert "Traceback" not in output
+
+
 def test_weights_that_bridge_drops_are_refused(models: Models, jsonl: Path, tmp_path: Path) -> None:
     model = shutil.copytree(models("qwen3"), tmp_path / "model")
     (file,) = model.glob("*.safetensors")
