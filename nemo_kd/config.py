@@ -301,6 +301,19 @@ def read_settings(
         raise ValueError(f"{where}: {error}") from error
 
 
+def read_dump(config: DictConfig) -> tuple[DataConfig, SelectionConfig, CacheConfig]:
+    """Read the sections that the teacher run has on every host.
+
+    Raises:
+        ValueError: A setting does not fit.
+    """
+    return (
+        read_settings(DataConfig, config.data, "data"),
+        read_settings(SelectionConfig, config.selection, "selection"),
+        read_settings(CacheConfig, config.cache, "cache"),
+    )
+
+
 def refuse_unknown_keys(section: Iterable[Any], known: Iterable[str], where: str = "") -> None:
     """Refuse the first key of one section that is not `known`, and name the nearest that is.
 

@@ -9,6 +9,20 @@ import torch
 CPU = torch.device("cpu")
 
 
+def refuse_gpus(key: str) -> None:
+    """Refuse the CPU backend, which `key`=cpu asks for, where the unpatched code can run.
+
+    Raises:
+        ValueError: CUDA is available.
+    """
+    if torch.cuda.is_available():
+        raise ValueError(
+            f"{key}=cpu asks for the CPU backend, but this machine has "
+            f"{torch.cuda.device_count()} CUDA device(s); set {key}=gpu, or hide the devices with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+
+
 def answer_cuda_calls() -> None:
     """Patch this process so that what is asked of CUDA is done on the CPU.
 

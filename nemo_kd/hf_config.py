@@ -5,6 +5,7 @@ A model that has one would be another model on Megatron, so it is refused.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 # What a family's bridge takes, whatever config.json says.
@@ -79,3 +80,9 @@ def _refuse(family: str, expected: str, got: Any) -> None:
         f"model.hf_path: expected {expected} in config.json, got {got}: for {family} models "
         "Megatron-Bridge 0.3.1 reads nothing else, and would compute another model"
     )
+
+
+def hf_files(directory: str) -> list[Path]:
+    """The files of a Hugging Face directory that say what a model computes."""
+    path = Path(directory)
+    return sorted([*path.glob("config.json"), *path.glob("*.safetensors")])

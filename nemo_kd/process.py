@@ -64,6 +64,19 @@ def _size(path: Path) -> str:
     return f" ({num_bytes / scale:,.1f} {unit})" if num_bytes else ""
 
 
+def check_new_directory(path: str, key: str) -> None:
+    """Try that a directory can be made, before a run that ends with it.
+
+    Raises:
+        ValueError: It is there already, or what is above it cannot be written.
+    """
+    target = Path(path).absolute()
+    if target.exists():
+        raise ValueError(f"{key}: expected a new directory, but {path} exists")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{key}: expected a directory to write in, got {target.parent}")
+
+
 def answer_help(yaml: Path) -> None:
     """Ends the process with the YAML and its comments if it was called with --help.
 

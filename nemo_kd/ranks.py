@@ -1,7 +1,9 @@
 """The ranks of a job: how they find each other, and the work of one of them for all."""
 
 import os
+import shutil
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +53,23 @@ def start(device: str) -> None:
     if device == "gpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if device == "gpu" else "gloo")
+
+
+def write_whole(path: str, write: Callable[[str], Any]) -> None:
+    """Let all ranks write a directory, which has its name only when it is whole.
+
+    Args:
+        path: The directory.
+        write: Is given the name that it has until then.
+    """
+    unfinished = f"{path}.unfinished"
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
+    torch.distributed.barrier()
+    write(unfinished)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        os.rename(unfinished, path)
 
 
 def _free_port() -> int:

@@ -6,6 +6,10 @@ own layers, with the names of its weights, and computes what it computes on a GP
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +86,8 @@ def _norm_and_linear() -> type:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
     class TELayerNormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+        return_layernorm_output = False
+
         def __init__(self, input_size: int, output_size: int, *, config: Any, **settings: Any):
             super().__init__(input_size, output_size, config=config, **settings)
             self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(input_size, config)
@@ -89,7 +95,9 @@ def _norm_and_linear() -> type:
         def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             weight, bias = self.layer_norm_weight, self.layer_norm_bias
             normal = _norm(hidden, weight, bias, self.config, self.config.layernorm_epsilon)
-            return super().forward(normal, *args, **kwargs)
+            output = super().forward(normal, *args, **kwargs)
+            # An adapter takes the norm's output, too.
+            return (*output, normal) if self.return_layernorm_output else output
 
     return TELayerNormColumnParallelLinear
 
@@ -186,3 +194,21 @@ class TEColumnParallelGroupedLinear(TEGroupedLinear):
 
 class TERowParallelGroupedLinear(TEGroupedLinear):
     dim = 1
+
+
+@contextmanager
+def importable_transformer_engine() -> Iterator[None]:
+    """Let a host be imported that imports Transformer Engine whether it is there or not."""
+    engine = types.ModuleType("transformer_engine")
+    pytorch = types.ModuleType("transformer_engine.pytorch")
+    engine.__path__, engine.pytorch = [], pytorch  # type: ignore[attr-defined]
+    for name in ("Linear", "LayerNormLinear"):  # base classes of adapters
+        setattr(pytorch, name, type(name, (torch.nn.Module,), {}))
+    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
+    stubs = {"transformer_engine": engine, "transformer_engine.pytorch": pytorch}
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]

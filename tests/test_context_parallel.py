@@ -33,11 +33,13 @@ def standing_in(rank: int, size: int) -> Iterator[None]:
 
 def on_this_rank(batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The student, and a batch after the steps that NeMo takes before the model's forward."""
+    from nemo_kd.config import DistillationConfig
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+    from nemo_kd.student.model_loss import ModelLoss
     from nemo_kd.student.terms import MeanTerms
 
     model = object.__new__(MegatronGPTSFTKDModel)
-    model._terms = MeanTerms()
+    model._terms, model.model_loss = MeanTerms(), ModelLoss(DistillationConfig())
     batch = model.get_batch(iter([batch]), tuning=True)
     batch = {
         name: value if isinstance(value, torch.Tensor) else None for name, value in batch.items()
@@ -88,6 +90,7 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
             for number in range(size):
                 with standing_in(number, size):
                     model, own = on_this_rank(dict(whole))
+                micro_batch = model.model_loss.micro_batch
                 rows = scatter_rows(whole, length)
                 if kind == "samples":
                     chunks = torch.arange(length).chunk(2 * size)
@@ -100,14 +103,14 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
                     positions = partitioned_indices(bounds[bounds >= 0], length, size, number)
                 for name in TEACHER_ROWS:
                     torch.testing.assert_close(
-                        model._micro_batch.rows[name], rows[name][:, positions], msg=name
+                        micro_batch.rows[name], rows[name][:, positions], msg=name
                     )
                 mask = whole["loss_mask"][:, positions]
-                torch.testing.assert_close(model._micro_batch.loss_mask, mask)
-                kept = model._micro_batch.rows["topk_ids"] >= 0
+                torch.testing.assert_close(micro_batch.loss_mask, mask)
+                kept = micro_batch.rows["topk_ids"] >= 0
                 torch.testing.assert_close(kept.any(-1), mask.bool(), msg="rows at their tokens")
                 assert (
-                    model._micro_batch.num_tokens
+                    micro_batch.num_tokens
                     == own["num_valid_tokens_in_ub"]
                     == whole["loss_mask"].sum()
                 )

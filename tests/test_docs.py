@@ -249,7 +249,7 @@ def test_the_tests_of_the_reliability_page_exist() -> None:
     rows = [line for line in page.splitlines() if re.match(r"\| (?!fault|---)", line)]
     assert len(rows) > 20
     for row in rows:
-        named = re.findall(r"(tests/\w+\.py)::(\w+)", row.rsplit("|", 2)[-2])
+        named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", row.rsplit("|", 2)[-2])
         assert named, row
         for path, test in named:
             assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE), row

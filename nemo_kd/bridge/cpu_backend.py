@@ -7,14 +7,17 @@ start on a machine that has a GPU, where the unpatched code must run.
 
 import functools
 import os
-import sys
-import types
 from typing import Any
 
 import torch
 
-from nemo_kd.cuda_on_cpu import answer_cuda_calls, answer_streams, name_tensors_as_cuda
-from nemo_kd.te_on_cpu import stand_in_for_transformer_engine
+from nemo_kd.cuda_on_cpu import (
+    answer_cuda_calls,
+    answer_streams,
+    name_tensors_as_cuda,
+    refuse_gpus,
+)
+from nemo_kd.te_on_cpu import importable_transformer_engine, stand_in_for_transformer_engine
 
 # What Megatron's local layers need in a model's provider, in the place of Transformer Engine's.
 PROVIDER_OVERRIDES: dict[str, Any] = {
@@ -42,12 +45,7 @@ def enable() -> None:
     Raises:
         ValueError: CUDA is available.
     """
-    if torch.cuda.is_available():
-        raise ValueError(
-            f"device=cpu asks for the CPU backend, but this machine has "
-            f"{torch.cuda.device_count()} CUDA device(s); set device=gpu, or hide the devices with "
-            "CUDA_VISIBLE_DEVICES=''"
-        )
+    refuse_gpus("device")
     # Compiling core's small functions takes a CPU longer than they take it.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     _import_bridge()
@@ -81,21 +79,12 @@ def _import_bridge() -> None:
     """Import Bridge, whose adapters import Transformer Engine whether it is there or not."""
     # Core first: its own probes must find no Transformer Engine.
     stand_in_for_transformer_engine()
-    engine = types.ModuleType("transformer_engine")
-    pytorch = types.ModuleType("transformer_engine.pytorch")
-    engine.__path__, engine.pytorch = [], pytorch  # type: ignore[attr-defined]
-    for name in ("Linear", "LayerNormLinear"):  # base classes of adapters
-        setattr(pytorch, name, type(name, (torch.nn.Module,), {}))
-    pytorch.ops = types.SimpleNamespace(Sequential=object)  # type: ignore[attr-defined]
-    stubs = {"transformer_engine": engine, "transformer_engine.pytorch": pytorch}
-    sys.modules.update(stubs)
-    try:
+    with importable_transformer_engine():
         import megatron.bridge
         import megatron.bridge.training.gpt_step
         import megatron.bridge.training.pretrain  # noqa: F401
-    finally:
-        for name in stubs:
-            del sys.modules[name]
+        from megatron.bridge.peft import utils
+    utils.HAVE_TE = False  # the stand-ins are Megatron's own layers, and give adapters their sizes
 
 
 def _send_contiguous_shards() -> None:

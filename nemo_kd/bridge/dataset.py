@@ -15,7 +15,7 @@ from megatron.bridge.training.config import DatasetProvider
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 
 from nemo_kd.bridge.models import tokenizer_config
-from nemo_kd.cache import SourceFile, TopKCache
+from nemo_kd.cache import SourceFile
 from nemo_kd.chat.lines import check_files
 from nemo_kd.chat.samples import (
     RenderedSamples,
@@ -25,12 +25,11 @@ from nemo_kd.chat.samples import (
     with_found_format,
 )
 from nemo_kd.config import DataConfig
+from nemo_kd.core_tokenizer import Tokenizer
 from nemo_kd.loss import KDLossConfig
-from nemo_kd.process import say
 from nemo_kd.student.dataset import CacheSamples
-from nemo_kd.student.fit import check_fits
+from nemo_kd.student.fit import check_caches
 from nemo_kd.student.sets import Blend, Sets
-from nemo_kd.student.vocabulary import check_lacking
 
 
 class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
@@ -55,28 +54,6 @@ class ChatDataset(GPTSFTChatDataset):
 
 class RenderedDataset(RenderedSamples, ChatDataset):
     """Bridge's chat dataset with samples of a `Renderer`: see RenderedSamples."""
-
-
-class Tokenizer:
-    """Core's tokenizer with the names by which NeMo's is asked, so that fingerprints are equal."""
-
-    def __init__(self, core: Any) -> None:
-        self._core = core
-        self.tokenizer = core._tokenizer.tokenizer  # Hugging Face's
-        # As NeMo finds it. Without it the datasets drop the blank between prompt and answer.
-        tokens = self.tokenizer.tokenize
-        self.space_sensitive = tokens("x y") != tokens("x") + tokens("y")
-
-    def ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return list(self._core._tokenizer.ids_to_tokens(ids))
-
-    def text_to_ids(self, text: str) -> list[int]:
-        return list(self._core.tokenize(text))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_core":  # not there yet: while it is unpickled
-            raise AttributeError(name)
-        return getattr(self._core, name)
 
 
 @dataclass(kw_only=True)
@@ -157,14 +134,9 @@ def check_sets(dataset: KDCaches, hf_path: str) -> int:
     """
     dataset.check()
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
-    sizes = []
-    for path in (*dataset.train_caches, *dataset.validation_caches):
-        cache, length = TopKCache.open(path), dataset.seq_length
-        ids = check_fits(cache, dataset.objective, tokenizer=tokenizer, max_seq_length=length)
-        if line := check_lacking(cache, ids):
-            say(line)
-        sizes.append(len(cache))
-    del sizes[: len(dataset.train_caches)]
+    rest = (dataset.objective, tokenizer, dataset.seq_length)
+    check_caches(dataset.train_caches, *rest)
+    sizes = check_caches(dataset.validation_caches, *rest)
     sizes += [
         check_files(dataset.data_of(path, says=True), tokenizer, "data").num_samples
         for path in dataset.validation_files

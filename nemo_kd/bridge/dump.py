@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from torch.utils.data import ConcatDataset
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.chat.samples import warn_of_missing_begin, with_found_format
-from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.config import CacheConfig, DataConfig, read_dump, refuse_unknown_keys
+from nemo_kd.core_tokenizer import Tokenizer
+from nemo_kd.hf_config import hf_files
 from nemo_kd.ranks import on_rank_zero, start
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.student.dataset import padding_multiple
@@ -21,6 +22,7 @@ from nemo_kd.teacher.fill import fill_cache
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.replica import PATIENCE, Replica
+from nemo_kd.yaml_rules import check_yaml_values
 
 # Keys of `model` that leave the logits as they are.
 _NOT_IN_FINGERPRINT = (
@@ -36,18 +38,14 @@ def dump_teacher_topk(config: DictConfig) -> None:
         ValueError: A setting, the data, the teacher or an existing cache does not fit; what the
             cache held stays.
     """
-    refuse_unknown_keys(config, ("device", "model", "data", "selection", "cache"))
-    if config.device not in ("gpu", "cpu"):
-        raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
-    data = with_found_format(read_settings(DataConfig, config.data, "data"))
-    selection = read_settings(SelectionConfig, config.selection, "selection")
-    cache = read_settings(CacheConfig, config.cache, "cache")
+    data, selection, cache = check_settings(config)
+    data = with_found_format(data)
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
     from megatron.core import parallel_state
 
-    from nemo_kd.bridge.dataset import Tokenizer, file_datasets
+    from nemo_kd.bridge.dataset import file_datasets
     from nemo_kd.bridge.models import read_model, tokenizer_config
 
     start(config.device)
@@ -80,15 +78,22 @@ def dump_teacher_topk(config: DictConfig) -> None:
     )
 
 
+def check_settings(config: DictConfig) -> tuple[DataConfig, SelectionConfig, CacheConfig]:
+    """Read the sections that are this package's own.
+
+    Raises:
+        ValueError: There is a key that nothing reads, or a setting does not fit.
+    """
+    check_yaml_values(config, "bridge/dump_teacher_topk")
+    refuse_unknown_keys(config, ("device", "model", "data", "selection", "cache"))
+    return read_dump(config)
+
+
 def _fingerprint(config: DictConfig) -> str:
     """Hash the teacher's files, and all settings that shape its logits."""
     model: Any = OmegaConf.to_container(config.model, resolve=True)
     settings = {key: model[key] for key in model if key not in _NOT_IN_FINGERPRINT}
-    files = sorted(
-        path
-        for kind in ("config.json", "*.safetensors")
-        for path in Path(config.model.hf_path).glob(kind)
-    )
+    files = hf_files(config.model.hf_path)
     return fingerprint_model(files, json.dumps([settings, config.device], sort_keys=True))
 
 

@@ -14,18 +14,16 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig
-from nemo_kd.loss import vocab_parallel_kd_sft_loss
+from nemo_kd.student.model_loss import MicroBatch, ModelLoss
 from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
-from nemo_kd.student.terms import KD_TERMS, SFT_TERMS, token_terms
+from nemo_kd.student.terms import of_each_set
 
 
 class KDForwardStep:
     """What Bridge calls for each micro batch: `pretrain(config, KDForwardStep(...))`.
 
     Bridge calls, for each micro batch and in this order: this object, which keeps the teacher's
-    rows and runs the model; in the model's forward, `compute_language_model_loss`, the one place
-    where Megatron has the bare vocab-parallel logits, where the loss takes the rows and leaves the
-    terms; and `_reduce`, which reads the terms. No other micro batch comes in between.
+    rows and runs the model; in the model's forward, the loss; and `_reduce`, which reads the terms.
 
     Args:
         distillation: The objective, step by step.
@@ -38,51 +36,17 @@ class KDForwardStep:
     ) -> None:
         self.distillation, self.set_names = distillation, set_names
         self.num_with_rows = num_with_rows
-        self.config = distillation.at(0)
+        self.loss = ModelLoss(distillation)
         self.models: list[Any] = []  # of this rank, not wrapped
         self.state: GlobalState | None = None  # Bridge's, once the training has begun
-        self._rows: tuple[Tensor, ...] = ()  # [B, S, K], [B, S, K] and [B, S] of the micro batch
-        self._terms: dict[str, Tensor] = {}  # [B, S] each
 
     def install(self, models: list[Any]) -> list[Any]:
         """A pre-wrap hook of the provider: puts the loss where the last stage has the logits."""
         self.models = models
         for model in models:
             if model.post_process:
-                cross_entropy = model.compute_language_model_loss
-                group = model.pg_collection.tp
-                model.compute_language_model_loss = partial(
-                    self._token_losses, cross_entropy, group
-                )
+                self.loss.install(model, model.pg_collection.tp)
         return models
-
-    def _token_losses(
-        self, cross_entropy: Callable[..., Tensor], tp_group: Any, labels: Tensor, logits: Tensor
-    ) -> Tensor:
-        """The loss of each token `[B, S]`, from labels `[B, S]` and logits `[S, B, Vp]`."""
-        if not self._rows:  # of a validation file
-            losses = cross_entropy(labels, logits)
-            self._terms = {"sft_loss": losses.detach()}
-            return losses
-        ids, log_probs, tails = (rows.transpose(0, 1) for rows in self._rows)
-        # Taken: the rows' memory is free after the loss, and no later forward pass may find them.
-        self._rows = ()
-        # In place: nothing reads the logits after the loss, so that their memory becomes the
-        # gradient's and no second tensor of their size is needed.
-        out = vocab_parallel_kd_sft_loss(
-            logits,
-            labels.transpose(0, 1),
-            log_probs,
-            ids,
-            tails,
-            config=self.config,
-            tp_group=tp_group,
-            inplace=True,
-        )
-        self._terms = {name: term.transpose(0, 1) for name, term in token_terms(out).items()}
-        # A validation's loss is the cross entropy, so that runs of SFT and of KD can be compared.
-        losses = out.loss if torch.is_grad_enabled() else out.sft_loss
-        return losses.transpose(0, 1).contiguous()
 
     def __call__(
         self, state: GlobalState, data_iterator: Any, model: Any, return_schedule_plan: bool = False
@@ -101,8 +65,9 @@ class KDForwardStep:
             batch |= scatter_rows(moved, batch["labels"].shape[1])
         if groups.cp.size() > 1:
             batch = get_batch_on_this_cp_rank(batch, cp_group=groups.cp)
-        self.config = self.distillation.at(state.train_state.step)
-        self._rows = tuple(batch[name] for name in TEACHER_ROWS if has_rows)
+        self.loss.config = self.distillation.at(state.train_state.step)
+        rows = {name: batch[name] for name in TEACHER_ROWS if has_rows}
+        self.loss.micro_batch = MicroBatch(rows, loss_mask=batch.get("loss_mask"))
         output = model(
             input_ids=batch.get("tokens"),
             position_ids=batch.get("position_ids"),
@@ -122,18 +87,12 @@ class KDForwardStep:
         model.calculate_per_token_loss says, and the terms' sums over all ranks by their numbers.
         """
         mask = loss_mask.flatten().float()
-        num_tokens = mask.sum()
-        loss = losses.flatten() @ mask
-        sums = {"lm loss": loss.detach()}
-        sums |= {name: term.flatten() @ mask for name, term in self._terms.items()}
+        num_tokens, terms = mask.sum(), self.loss.micro_batch.token_terms
+        # The fused loss is the sum already.
+        loss = losses.flatten() @ mask if losses.dim() else losses
+        sums = {name: term.flatten() @ mask for name, term in terms.items()}
+        sums = {"lm loss": loss.detach()} | sums
         report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
         if set_number is not None:
-            # Bridge asks each micro batch for the same keys, and divides by the tokens of each.
-            none = torch.zeros_like(report["lm loss"])
-            of_all = ("lm loss", *(KD_TERMS if self.num_with_rows else SFT_TERMS))
-            own, report = report, {name: report.get(name, none) for name in of_all}
-            for number, name in enumerate(self.set_names):
-                has_rows = number < self.num_with_rows
-                for term in ("lm loss", *(KD_TERMS if has_rows else SFT_TERMS)):
-                    report[f"{term} {name}"] = own[term] if number == set_number else none
+            report = of_each_set(report, set_number, self.set_names, self.num_with_rows)
         return loss, num_tokens.to(torch.int), report

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.cache.layout import MANIFEST_NAME
+from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
-from nemo_kd.process import exit_stopped, rank, say
-from nemo_kd.ranks import check_batches, on_rank_zero, start
+from nemo_kd.process import check_new_directory, exit_stopped, rank, say
+from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
+from nemo_kd.student.run_record import check_record, renew_optimizer, settings_of, write_record
 from nemo_kd.values import set_fields
+from nemo_kd.yaml_rules import check_yaml_values
 
 _SECTIONS = (
-    *("device", "save_hf", "model", "knowledge_distillation", "dataset", "train", "optimizer"),
-    *("data", "scheduler", "checkpoint", "logger", "ddp", "rng", "mixed_precision"),
+    *("device", "save_hf", "resume_changed", "model", "knowledge_distillation", "dataset", "data"),
+    *(
+        "peft",
+        "train",
+        "optimizer",
+        "scheduler",
+        "checkpoint",
+        "logger",
+        "ddp",
+        "rng",
+        "mixed_precision",
+    ),
 )
 
 
@@ -32,10 +45,11 @@ def train_kd_sft(config: DictConfig) -> None:
     Raises:
         ValueError: A setting, the student or a cache does not fit.
     """
-    distillation = _check_settings(config)
+    distillation = check_settings(config)
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
 
     from nemo_kd.bridge.dataset import check_sets
     from nemo_kd.bridge.forward_step import KDForwardStep
@@ -51,10 +65,16 @@ def train_kd_sft(config: DictConfig) -> None:
     container = _container(config, provider, distillation)
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
+    if config.peft.peft_scheme is not None:
+        from nemo_kd.bridge.lora import LoRA, add_adapters
+
+        lora = set_fields(LoRA(), config.peft, "peft", ("peft_scheme",))
+        provider.register_pre_wrap_hook(partial(add_adapters, container, lora))
+    on_rank_zero(lambda: _record(config, checkpoint_exists(container.checkpoint.load)))
     step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
-    provider.register_pre_wrap_hook(step.install)
+    provider.register_pre_wrap_hook(step.install, prepend=True)  # before the weights are read
     try:
-        pretrain(container, step, callbacks=_callbacks(step, bridge, config.save_hf))
+        pretrain(container, step, callbacks=_callbacks(step, bridge, config))
     except SystemExit:  # Bridge has saved a checkpoint and ends the process
         if step.state is not None and any(step.state.signal_handler.signals_received()):
             saved = container.checkpoint.save is not None
@@ -64,60 +84,79 @@ def train_kd_sft(config: DictConfig) -> None:
         raise
 
 
-def _callbacks(step: Any, bridge: Any, save_hf: str | None) -> Any:
+def _record(config: DictConfig, resumes: bool) -> None:
+    """Keep beside the checkpoints what the run trains. Called on rank 0 only.
+
+    Raises:
+        ValueError: The checkpoint to resume from is of a run with other settings.
+    """
+    if config.train.train_iters == 0:  # validates alone
+        return
+    own: Any = OmegaConf.to_container(config, resolve=True)
+    settings = settings_of(own, fingerprint_model(hf_files(config.model.hf_path)))
+    directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
+    if resumes and not own["resume_changed"]:
+        remedy = "Give this run another checkpoint.save"
+        check_record(Path(loaded or directory), settings, "", remedy)
+    if directory is not None:
+        write_record(Path(directory), settings)
+
+
+def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:
     """What Bridge calls. Once it returns, it has no model parallel groups to save with."""
     from megatron.bridge.training.callbacks import CallbackManager
 
     def save(_: Any) -> None:
-        if save_hf is None:
-            return
-        # Under its own name only when it is whole.
-        unfinished = f"{save_hf}.unfinished"
-        if rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed here
-        torch.distributed.barrier()
-        bridge.save_hf_pretrained(step.models, unfinished, show_progress=sys.stderr.isatty())
-        torch.distributed.barrier()
-        if rank() == 0:
-            os.rename(unfinished, save_hf)
-        say(f"{save_hf}: the student as a Hugging Face model")
+        if config.save_hf is not None:
+            bar = sys.stderr.isatty()
+            save_to = partial(bridge.save_hf_pretrained, step.models, show_progress=bar)
+            write_whole(config.save_hf, save_to)
+            say(f"{config.save_hf}: the student as a Hugging Face model")
+
+    def begin(context: Any) -> None:
+        # Bridge 0.3 makes the handler that its loop asks, and does not install it.
+        context.state.signal_handler.__enter__()
+        num_done, num_steps = context.state.train_state.step, context.state.cfg.train.train_iters
+        if num_done:
+            left = "the run resumes" if num_done < num_steps else "nothing is left to train"
+            say(f"{context.state.cfg.checkpoint.load}: step {num_done} of {num_steps}: {left}")
+        if num_done and config.resume_changed:
+            renew_optimizer(context.optimizer.param_groups, context.state.cfg.optimizer)
+            context.scheduler.step(0)
 
     def begin_anew(context: Any) -> None:
         """Bridge's sampler would begin the next validation where the last one ended."""
         context.state.train_state.consumed_valid_samples = 0
 
     callbacks = CallbackManager()
-    # Bridge 0.3 makes the handler that its loop asks, and does not install it.
-    callbacks.register("on_train_start", lambda context: context.state.signal_handler.__enter__())
+    callbacks.register("on_train_start", begin)
     callbacks.register("on_train_end", save)
     callbacks.register("on_eval_end", begin_anew)
     return callbacks
 
 
-def _check_settings(config: DictConfig) -> DistillationConfig:
+def check_settings(config: DictConfig) -> DistillationConfig:
     """Check what can be checked before Bridge is imported.
 
     Raises:
         ValueError: A setting does not fit.
     """
+    check_yaml_values(config, "bridge/train_kd_sft")
     refuse_unknown_keys(config, _SECTIONS)
-    if config.device not in ("gpu", "cpu"):
-        raise ValueError(f"device: expected gpu or cpu, got {config.device!r}")
-    for key in "train_caches", "validation_caches", "validation_files":
-        if not isinstance(config.dataset[key], ListConfig):
-            raise ValueError(f"dataset.{key}: expected a list [...], got {config.dataset[key]!r}")
-        for path in config.dataset[key] if "caches" in key else ():
+    objective = config.knowledge_distillation
+    distillation = read_settings(DistillationConfig, objective, "knowledge_distillation")
+    for key in "train_caches", "validation_caches":
+        for path in config.dataset[key]:
             if not (Path(path) / MANIFEST_NAME).is_file():
                 raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
-    if not config.dataset.train_caches:
-        raise ValueError("dataset.train_caches: expected cache directories, got none")
+    for key in "optimizer.min_lr", "scheduler.lr_warmup_init":
+        if (rate := OmegaConf.select(config, key)) > config.optimizer.lr:
+            raise ValueError(
+                f"{key}: expected at most optimizer.lr={config.optimizer.lr}, got {rate}"
+            )
     if config.save_hf is not None:
         config.save_hf = os.path.normpath(config.save_hf)
-        parent = Path(config.save_hf).absolute().parent
-        if Path(config.save_hf).exists():
-            raise ValueError(f"save_hf: expected a new directory, but there is {config.save_hf}")
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"save_hf: expected a directory to write in, got {parent}")
+        check_new_directory(config.save_hf, "save_hf")
     for key in "load", "pretrained_checkpoint":
         path = config.checkpoint.get(key)
         if path is not None and not Path(path).is_dir():
@@ -127,19 +166,13 @@ def _check_settings(config: DictConfig) -> DistillationConfig:
             "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
             "1, got false: a rank may have no supervised token of a micro batch"
         )
-    if config.knowledge_distillation.fuse_output_layer:
-        raise ValueError(
-            "knowledge_distillation.fuse_output_layer: expected false on this host, got true"
-        )
     validates = config.train.train_iters == 0
     if config.save_hf is None and config.checkpoint.save is None and not validates:
         raise ValueError(
             "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
             "leave nothing"
         )
-    return read_settings(
-        DistillationConfig, config.knowledge_distillation, "knowledge_distillation"
-    )
+    return distillation
 
 
 def _container(config: DictConfig, provider: Any, distillation: DistillationConfig) -> Any:
@@ -183,6 +216,8 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
         dist=bridge.DistributedInitConfig(distributed_backend="nccl" if on_gpu else "gloo"),
         mixed_precision=config.mixed_precision if on_gpu else None,
     )
+    if config.resume_changed:
+        container.scheduler.override_opt_param_scheduler = True
     # Bridge leaves them null, and then multiplies null.
     for name in "start_weight_decay", "end_weight_decay":
         if getattr(container.scheduler, name) is None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, open_dict
 
-from nemo_kd.cuda_on_cpu import answer_cuda_calls
+from nemo_kd.cuda_on_cpu import answer_cuda_calls, refuse_gpus
 
 # What Megatron's local layers, which stand in for Transformer Engine's, need in a model's config.
 MODEL_OVERRIDES: dict[str, Any] = {
@@ -59,12 +59,7 @@ def enable() -> None:
         ValueError: CUDA is available.
     """
     global _enabled
-    if torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.accelerator=cpu asks for the CPU backend, but this machine has "
-            f"{torch.cuda.device_count()} CUDA device(s); set trainer.accelerator=gpu, or hide the "
-            "devices with CUDA_VISIBLE_DEVICES=''"
-        )
+    refuse_gpus("trainer.accelerator")
     if _enabled:
         return
     # NeMo compiles its C++ index helper with PATH's python3: it must be this one, with pybind11.

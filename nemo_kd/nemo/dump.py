@@ -11,7 +11,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.chat.samples import with_found_format
-from nemo_kd.config import CacheConfig, DataConfig, read_settings, refuse_unknown_keys
+from nemo_kd.config import CacheConfig, DataConfig, read_dump, refuse_unknown_keys
 from nemo_kd.layout import check_layout, check_sequence_length, check_slices, say_layout
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import forget_short_fields, log_to, report_short_fields
@@ -23,13 +23,13 @@ from nemo_kd.nemo.trainer import (
     initialize_model_parallel,
     prepare_accelerator,
 )
-from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.ranks import on_rank_zero
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.teacher.fill import fill_cache
 from nemo_kd.teacher.forward import Teacher
 from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.replica import PATIENCE, Replica
+from nemo_kd.yaml_rules import check_yaml_values
 
 
 def dump_teacher_topk(config: DictConfig) -> None:
@@ -124,11 +124,7 @@ def check_settings(config: DictConfig) -> tuple[DataConfig, SelectionConfig, Cac
     """
     check_yaml_values(config, "dump_teacher_topk")
     refuse_unknown_keys(config, ("teacher", "data", "selection", "cache", "trainer"))
-    return (
-        read_settings(DataConfig, config.data, "data"),
-        read_settings(SelectionConfig, config.selection, "selection"),
-        read_settings(CacheConfig, config.cache, "cache"),
-    )
+    return read_dump(config)
 
 
 def _merge_teacher_config(

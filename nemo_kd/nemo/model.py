@@ -1,15 +1,11 @@
 """The student: NeMo's SFT model with the distillation loss in the place of its cross entropy."""
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
@@ -18,7 +14,6 @@ from torch import Tensor
 
 from nemo_kd.chat.samples import warn_of_missing_begin
 from nemo_kd.config import DistillationConfig, read_settings
-from nemo_kd.loss import vocab_parallel_kd_sft_loss, vocab_parallel_linear_kd_sft_loss
 from nemo_kd.nemo.data import (
     build_loader,
     cache_dataset,
@@ -33,7 +28,8 @@ from nemo_kd.nemo.parallel import (
     sum_gradients_of_qk_norms,
 )
 from nemo_kd.nemo.summary import Consumed
-from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
+from nemo_kd.student.model_loss import MicroBatch, ModelLoss
+from nemo_kd.student.rows import ROW_KEYS, scatter_rows
 from nemo_kd.student.terms import (
     KD_TERMS,
     SFT_TERMS,
@@ -41,27 +37,9 @@ from nemo_kd.student.terms import (
     micro_batch_means,
     micro_batch_weight,
     share_of_weight,
-    token_terms,
 )
 
 SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
-
-
-@dataclass
-class MicroBatch:
-    """What travels beside the tensors that NeMo hands to the model, of one micro batch.
-
-    NeMo calls, for each micro batch and in this order: `get_batch`, which makes it;
-    `get_batch_on_this_context_parallel_rank`, which cuts it to this rank and adds mask and count;
-    the model's forward, where the loss takes the rows and leaves the terms; and `loss_func`, which
-    reads the terms. No other micro batch comes in between on the stage that has the loss.
-    """
-
-    rows: dict[str, Tensor]  # ROW_KEYS, then on the device TEACHER_ROWS; empty for a jsonl
-    cu_seqlens: Tensor | None = None  # boundaries of its packed sequences, on the host
-    loss_mask: Tensor | None = None  # [B, S]
-    num_tokens: Tensor | None = None  # the ones of the whole mask, at least 1
-    token_terms: dict[str, Tensor] = field(default_factory=dict)  # [B, S] each
 
 
 class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
@@ -82,11 +60,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             cfg.get("knowledge_distillation", {}),
             "model.knowledge_distillation",
         )
-        self.kd_config = self.distillation.at(0)  # the objective of the step at hand
+        self.model_loss = ModelLoss(self.distillation)
         super().__init__(cfg, trainer=trainer)
         self.consumed = Consumed()
         self._validating = False
-        self._micro_batch = MicroBatch(rows={})  # the one in the forward pass
         self._terms = MeanTerms()  # of the global batch
         self._share_of_weight: Tensor | float = 1.0
         self._validation_terms: defaultdict[int, MeanTerms] = defaultdict(MeanTerms)
@@ -100,88 +77,15 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if not summed:
             sum_gradients_of_qk_norms(model)
         if post_process:
-            cross_entropy = model.compute_language_model_loss
-            model.compute_language_model_loss = partial(self._token_losses, cross_entropy)
-            if self.distillation.fuse_output_layer:
-                layer = model.output_layer
-                if type(layer) is not ColumnParallelLinear:
-                    raise ValueError(
-                        f"expected a plain output layer with fuse_output_layer=true, got "
-                        f"{type(layer).__name__}, which does more than a product; set it to false"
-                    )
-                layer.forward = partial(self._hidden_for_logits, layer, layer.forward)
+            self.model_loss.install(model, parallel_state.get_tensor_model_parallel_group())
         return model
-
-    def _hidden_for_logits(
-        self,
-        layer: Any,
-        forward: Callable[..., Any],
-        hidden: Tensor,
-        weight: Any = None,
-        **more: Any,
-    ) -> Any:
-        """Where the loss computes the logits itself, pass on what it computes them from."""
-        if not self._micro_batch.rows:
-            return forward(hidden, weight=weight, **more)
-        return (hidden, layer.weight if weight is None else weight), None
-
-    def _token_losses(
-        self, cross_entropy: Callable[..., Tensor], labels: Tensor, logits: Any
-    ) -> Tensor:
-        """The loss of each token, [B, S], from labels [B, S] and logits [S, B, Vp].
-
-        With the output layer fused in, from (hidden, weight) the loss of the micro batch.
-        """
-        micro_batch = self._micro_batch
-        if not micro_batch.rows:
-            losses = cross_entropy(labels, logits)
-            micro_batch.token_terms = {"sft_loss": losses.detach()}
-            return losses
-        ids, log_probs, tails = (micro_batch.rows[name].transpose(0, 1) for name in TEACHER_ROWS)
-        # Taken: the rows' memory is free after the loss, and no later forward pass may find them.
-        micro_batch.rows = {}
-        rows = (labels.transpose(0, 1), log_probs, ids, tails)
-        tp_group = parallel_state.get_tensor_model_parallel_group()
-        fused = isinstance(logits, tuple)
-        if fused:
-            out = self._fused_loss(*logits, rows, tp_group)
-        else:
-            # In place: nothing reads the logits after the loss, so that their memory becomes the
-            # gradient's and no second tensor of their size is needed.
-            out = vocab_parallel_kd_sft_loss(
-                logits, *rows, config=self.kd_config, tp_group=tp_group, inplace=True
-            )
-        micro_batch.token_terms = {
-            name: term.transpose(0, 1) for name, term in token_terms(out).items()
-        }
-        if fused and not self._validating:
-            return out.loss
-        losses = out.sft_loss if self._validating else out.loss
-        return losses.transpose(0, 1).contiguous()
-
-    def _fused_loss(self, hidden: Tensor, weight: Tensor, rows: Any, tp_group: Any) -> Any:
-        micro_batch = self._micro_batch
-        weights = micro_batch.loss_mask.transpose(0, 1).float() / micro_batch.num_tokens
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # as it would have cast the output layer's input
-            hidden = hidden.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            return vocab_parallel_linear_kd_sft_loss(
-                hidden,
-                weight,
-                *rows,
-                token_weights=weights,
-                config=self.kd_config,
-                tp_group=tp_group,
-                sequence_parallel=self.transformer_config.sequence_parallel,
-            )
 
     # Data: caches are built where NeMo builds its datasets, and the teacher's rows go round
     # NeMo's list of the keys that a pipeline stage needs.
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_section(data_cfg, self.cfg, is_train)
-        rest = (data_cfg, self.cfg, self.tokenizer, self.kd_config)
+        rest = (data_cfg, self.cfg, self.tokenizer, self.model_loss.config)
         if is_train:
             blend = training_blend(*rest, max_steps=self.trainer.max_steps)
             warn_of_missing_begin(self.tokenizer, blend.datasets)
@@ -204,12 +108,12 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
         batch: dict[str, Any] = super().get_batch(data_iterator, tuning)
         rows = {name: batch[name] for name in ROW_KEYS if name in batch}
-        self._micro_batch = MicroBatch(rows, cu_seqlens=batch.get("cu_seqlens"))
+        self.model_loss.micro_batch = MicroBatch(rows, cu_seqlens=batch.get("cu_seqlens"))
         self._terms.names = KD_TERMS if rows else SFT_TERMS
         return {name: value for name, value in batch.items() if name not in ROW_KEYS}
 
     def get_batch_on_this_context_parallel_rank(self, batch: dict[str, Any]) -> dict[str, Any]:
-        micro_batch, rows = self._micro_batch, {}
+        micro_batch, rows = self.model_loss.micro_batch, {}
         if parallel_state.is_pipeline_last_stage() and micro_batch.rows:
             labels = batch["labels"]
             moved = {
@@ -239,7 +143,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         num_tokens = num_valid_tokens_in_ub.clamp(min=1)
         context_size = parallel_state.get_context_parallel_world_size()
         means = micro_batch_means(
-            [self._micro_batch.token_terms[name] for name in self._terms.names],
+            [self.model_loss.micro_batch.token_terms[name] for name in self._terms.names],
             loss_mask,
             num_tokens,
             parallel_state.get_context_parallel_group() if context_size > 1 else None,
@@ -283,10 +187,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._validating = forward_only
         self._terms = MeanTerms()
         # The trainer's step is restored with a checkpoint, and moves on after all micro batches.
-        self.kd_config = self.distillation.at(self.trainer.global_step)
+        self.model_loss.config = self.distillation.at(self.trainer.global_step)
         loss = super().fwd_bwd_step(dataloader_iter, forward_only, first_val_step)
         if not forward_only:
-            scheduled = {name: getattr(self.kd_config, name) for name in SCHEDULED}
+            scheduled = {name: getattr(self.model_loss.config, name) for name in SCHEDULED}
             means, _ = means_on_every_rank(self._terms)
             for name, value in (means | scheduled).items():
                 shown = name in ("kd_loss", "sft_loss")

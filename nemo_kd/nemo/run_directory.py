@@ -5,7 +5,6 @@ Beside the checkpoints lies settings.json, which says what the run trains: the o
 the optimizer and the student.
 """
 
-import json
 import os
 import re
 import shutil
@@ -19,10 +18,9 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.model_utils import uninject_model_parallel_rank
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.cache import TopKCache
 from nemo_kd.nemo.nemo_file import fingerprint_checkpoint
+from nemo_kd.student.run_record import check_record, fingerprints_of, objective_of, write_record
 
-_SETTINGS_NAME = "settings.json"
 # Keys of `model.data.train_ds` that decide what a step sees.
 _SHAPES_DATA = (
     "concat_sampling_probabilities",
@@ -31,8 +29,6 @@ _SHAPES_DATA = (
     "packed_sequence",
     "seed",
 )
-# Keys of `model.knowledge_distillation` that decide how the loss is computed, not what it is.
-_SHAPES_NOTHING = ("logits_gather", "fuse_output_layer")
 _LAST = "-last"
 
 
@@ -52,9 +48,9 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     model: Any = OmegaConf.to_container(config.model, resolve=True)
     objective = model.get("knowledge_distillation", {})
     data = model["data"]["train_ds"]
-    caches = [TopKCache(path).manifest.fingerprint for path in data["file_names"]]
-    shown = {
-        "knowledge_distillation": {k: v for k, v in objective.items() if k not in _SHAPES_NOTHING},
+    caches = fingerprints_of(data["file_names"])
+    return {
+        "knowledge_distillation": objective_of(objective),
         # None as in the runs of releases that did not have it.
         "loss_reduction": "token" if model.get("loss_reduction") == "token" else None,
         "optim": model["optim"],
@@ -62,8 +58,6 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
         "data.train_ds": {"file_names": caches, **{k: data.get(k) for k in _SHAPES_DATA}},
         "restore_from_path": fingerprint_checkpoint(model["restore_from_path"]),
     }
-    stored: dict[str, Any] = json.loads(json.dumps(shown, sort_keys=True))
-    return stored
 
 
 def prepare(
@@ -85,14 +79,11 @@ def prepare(
         ValueError: The checkpoints are those of a run with other settings.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    record = directory / _SETTINGS_NAME
     NeMoModelCheckpoint._remove_unfinished_checkpoints(directory)
     name = _mark_newest(directory)
-    if name is not None and record.exists() and not allow_changes:
-        _refuse_changes(directory, _read_settings(record), settings)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(temporary, record)
+    if name is not None and not allow_changes:
+        check_record(directory, settings, "model", "Give this run another name")
+    write_record(directory, settings)
     if name is None:
         start = "at step 0" if given is None else f"from {given}"
         return f"{directory}: no whole checkpoint, the run starts {start}"
@@ -182,37 +173,3 @@ def _link(source: Any, target: Any) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _read_settings(record: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = dict(json.loads(record.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{record} is damaged: it says with which settings the run began; if they are those of "
-            "this command, remove it"
-        ) from error
-    return settings
-
-
-def _refuse_changes(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = _flat(before, "model"), _flat(now, "model")
-    changes = [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if changes:
-        raise ValueError(
-            f"{directory} has the checkpoints of a run with other settings: {'; '.join(changes)}. "
-            "Give this run another name, or set resume_changed=true to continue with the new ones"
-        )
-
-
-def _flat(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flat(item, f"{key}.{name}")
-    return flat

@@ -18,9 +18,10 @@ from nemo_kd.nemo.trainer import (
     initialize_model_parallel,
     prepare_accelerator,
 )
-from nemo_kd.nemo.values import check_yaml_values
 from nemo_kd.process import say
 from nemo_kd.ranks import on_rank_zero
+from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
+from nemo_kd.yaml_rules import check_yaml_values
 
 _DATASETS = ("train_ds", "validation_ds")
 # How the run that wrote the .nemo laid out its work, which this one may not be able to.
@@ -39,6 +40,8 @@ def check_settings(config: DictConfig) -> None:
         ValueError: There is a key that nothing reads, or a setting that has no meaning.
     """
     check_yaml_values(config, "train_kd_sft")
+    if config.get("exp_manager"):
+        check_monitor(config)
     sections = ("name", "save_to", "save_checkpoint", "resume_changed", "trainer", "exp_manager")
     refuse_unknown_keys(config, (*sections, "model"))
     if config.save_to is not None and config.trainer.max_steps != 0:
@@ -66,6 +69,24 @@ def check_settings(config: DictConfig) -> None:
             "exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb, or "
             "set it to false"
         )
+
+
+def check_monitor(config: Any) -> None:
+    """Refuse a monitor that no validation logs: the first checkpoint would fail.
+
+    Raises:
+        ValueError: There is no such metric.
+    """
+    key = "exp_manager.checkpoint_callback_params.monitor"
+    monitor = OmegaConf.select(config, key)
+    data = config.model.data.validation_ds
+    names = data.get("names") or [f"dataloader{i}" for i in range(len(data.file_names))]
+    known = ["validation_loss", "val_loss"]
+    for name, path in zip(names, data.file_names, strict=False):
+        terms = KD_TERMS if Path(path).is_dir() else SFT_TERMS
+        known += [f"validation_{term}_{name}" for term in ("loss", *terms)]
+    if monitor is not None and monitor not in known:
+        raise ValueError(f"{key}: expected one of {', '.join(known)}, got {monitor!r}")
 
 
 def check_optimizer(optim: DictConfig) -> None:

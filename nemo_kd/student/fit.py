@@ -1,12 +1,32 @@
 """Whether a cache is one that this student, at this objective, can be trained on."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.inspection import unsupervised
 from nemo_kd.cache.layout import Array
 from nemo_kd.loss import KDLossConfig
-from nemo_kd.student.vocabulary import student_ids
+from nemo_kd.process import say
+from nemo_kd.student.vocabulary import check_lacking, student_ids
+
+
+def check_caches(
+    paths: Iterable[str], config: KDLossConfig, tokenizer: Any, max_seq_length: int
+) -> list[int]:
+    """Check each cache, say which tokens the student lacks, and return the numbers of samples.
+
+    Raises:
+        ValueError: One does not fit, as `check_fits` says.
+    """
+    sizes = []
+    for path in paths:
+        cache = TopKCache.open(path)
+        ids = check_fits(cache, config, tokenizer=tokenizer, max_seq_length=max_seq_length)
+        if line := check_lacking(cache, ids):
+            say(line)
+        sizes.append(len(cache))
+    return sizes
 
 
 def check_fits(

@@ -79,6 +79,28 @@ def share_of_weight(
     return (counts[0] / counts[1].clamp(min=1)).float()
 
 
+def of_each_set(
+    report: dict[str, Tensor], set_number: int, set_names: list[str], num_with_rows: int
+) -> dict[str, Tensor]:
+    """A validation's report of a micro batch, with each term over all sets and of each set.
+
+    A host may ask each micro batch for the same keys: those of the other sets are 0 of 0 tokens.
+
+    Args:
+        report: `[sum, number of tokens]` of each term, "lm loss" among them.
+        set_number: Of the micro batch's set.
+        set_names: Of all sets.
+        num_with_rows: How many of them are caches; they are the first ones.
+    """
+    none = torch.zeros_like(report["lm loss"])
+    of_all = ("lm loss", *(KD_TERMS if num_with_rows else SFT_TERMS))
+    whole = {name: report.get(name, none) for name in of_all}
+    for number, name in enumerate(set_names):
+        for term in ("lm loss", *(KD_TERMS if number < num_with_rows else SFT_TERMS)):
+            whole[f"{term} {name}"] = report[term] if number == set_number else none
+    return whole
+
+
 class MeanTerms:
     """Weighted means of named terms over micro batches, and then over ranks."""
 

@@ -54,8 +54,8 @@ def dump(model: Path, jsonl: Path, cache: Path, *more: str, **how: Any) -> Any:
     return TopKCache.open(cache) if how.get("succeeds", True) else output
 
 
-def train(model: Path, cache: TopKCache, output: Path, *more: str, **how: Any) -> None:
-    run_example(
+def train(model: Path, cache: TopKCache, output: Path, *more: str, **how: Any) -> str:
+    return run_example(
         TRAIN,
         "device=cpu",
         f"model.hf_path={model}",
@@ -203,6 +203,24 @@ def test_a_model_that_bridge_reads_in_part_is_refused(
     more = [f"cache.path={tmp_path / 'cache'}", f"data.max_seq_length={MAX_SEQ_LENGTH}"]
     output = run_example(DUMP, *arguments, *more, "selection.k=8", succeeds=False)
     assert message in output, output[-2000:]
+    assert "Traceback" not in output
+
+
+def test_an_output_layer_that_does_more_is_not_fused(
+    models: Models, jsonl: Path, tmp_path: Path
+) -> None:
+    """Gemma 2 caps its logits."""
+    cache = dump(models("gemma2"), jsonl, tmp_path / "cache")
+    fused = "knowledge_distillation.fuse_output_layer=true"
+    output = train(models("gemma2"), cache, tmp_path, fused, succeeds=False)
+    assert "expected a plain output layer with fuse_output_layer=true, got one" in output
+    assert "Traceback" not in output
+
+
+def test_experts_have_no_adapters_here(models: Models, jsonl: Path, tmp_path: Path) -> None:
+    cache = dump(models("qwen3_moe"), jsonl, tmp_path / "cache")
+    output = train(models("qwen3_moe"), cache, tmp_path, "peft.peft_scheme=lora", succeeds=False)
+    assert "peft.target_modules: Layer type is unrecognized for LoRA" in output, output[-2000:]
     assert "Traceback" not in output
 
 

@@ -128,14 +128,32 @@ def test_another_layout_has_the_same_curve(
     np.testing.assert_allclose(curves(tmp_path)["grad_norm"][:6], expected[:6], rtol=1e-4)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_fused_output_layer_has_the_same_curve(
+    processes: int, cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ("train.micro_batch_size=2", f"model.tensor_model_parallel_size={processes}")
+    found = []
+    for fused in "false", "true":
+        logs = tmp_path / fused
+        arguments = train_arguments(wide_llamas["tied"], cache, logs, *more)
+        key = f"knowledge_distillation.fuse_output_layer={fused}"
+        run_example(TRAIN, *arguments, key, processes=processes)
+        found.append(curves(logs) | {"validated": scalars(logs)["kd_loss validation"]})
+    assert len(found[0]["kd_loss"]) == STEPS
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, rtol=1e-4, err_msg=name)
+
+
 def test_tokens_weigh_alike_however_they_are_cut(
     cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Over micro batches and replicas, with model.calculate_per_token_loss=true."""
+    """Over micro batches and replicas, with model.calculate_per_token_loss=true; fused too."""
     found = []
-    for processes, size in ((1, 4), (1, 1), (2, 2)):
+    for processes, size, fused in ((1, 4, False), (1, 1, False), (2, 2, True)):
         logs = tmp_path / f"{processes}-{size}"
-        more = (f"train.micro_batch_size={size}", "model.calculate_per_token_loss=true")
+        more = [f"train.micro_batch_size={size}", "model.calculate_per_token_loss=true"]
+        more.append(f"knowledge_distillation.fuse_output_layer={fused}")
         arguments = train_arguments(wide_llamas["tied"], cache, logs, *more)
         run_example(TRAIN, *arguments, processes=processes)
         found.append(curves(logs))
@@ -170,6 +188,40 @@ def test_a_resumed_run_has_the_same_curve(
         np.testing.assert_allclose(curves(logs)[name], values[6:], rtol=1e-4, err_msg=name)
 
 
+CHANGES = {
+    "knowledge_distillation.tail": ("label", "bucket"),
+    "optimizer.lr": (0.001, 0.002),
+    "dataset.seed": (1, 2),
+    "scheduler.lr_decay_iters": (2, 3),  # null: train.train_iters
+}
+
+
+def test_another_run_in_the_same_directory_is_refused(
+    cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ("train.micro_batch_size=4", "train.train_iters=2", "checkpoint.save_interval=2")
+    run = train_arguments(wide_llamas["tied"], cache, tmp_path, *more)
+    run_example(TRAIN, *run)
+    given = [f"{key}={now}" for key, (_, now) in CHANGES.items() if "decay" not in key]
+    changed = [*run, *given, "train.train_iters=3"]
+    output = run_example(TRAIN, *changed, succeeds=False)
+    for key, (before, now) in CHANGES.items():
+        assert f"{key} was {before!r} and is {now!r}" in output, output[-2000:]
+    assert "Traceback" not in output
+    student = f"model.hf_path={wide_llamas['untied']}"
+    assert "model.hf_path was '" in run_example(TRAIN, *run, student, succeeds=False)
+    logs = tmp_path / "resumed"
+    output = run_example(TRAIN, *run, f"save_hf={tmp_path / 'kd-hf'}")
+    assert "step 2 of 2: nothing is left to train" in output
+    assert (tmp_path / "kd-hf" / "config.json").exists(), "the student is saved all the same"
+    allowed = ("resume_changed=true", f"logger.tensorboard_dir={logs}")
+    output = run_example(TRAIN, *changed, *allowed)
+    assert "step 2 of 3: the run resumes" in output
+    assert scalars(logs)["learning-rate"] == [pytest.approx(0.002)]
+    # From then on the new settings are the run's.
+    assert "optimizer.lr was 0.002 and is 0.001" in run_example(TRAIN, *run, succeeds=False)
+
+
 def test_sigterm_saves_a_checkpoint_and_resumes(
     cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -189,7 +241,10 @@ def test_sigterm_saves_a_checkpoint_and_resumes(
 BAD: dict[str, tuple[list[str], str]] = {
     "no such model": (["model.hf_path=nowhere"], "found no nowhere/config.json"),
     "no such cache": (["dataset.train_caches=[nowhere]"], "expected cache directories, found none"),
-    "no brackets": (["dataset.train_caches=cache"], "expected a list [...], got 'cache'"),
+    "no brackets": (
+        ["dataset.train_caches=cache"],
+        "expected a list [...] of one or more values, each a text, got 'cache'",
+    ),
     "two sets of one name": (
         ["dataset.validation_caches=[CACHE,CACHE]"],
         "dataset.names: expected distinct names, got ['cache', 'cache']",
@@ -201,6 +256,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nothing is kept": (["checkpoint.save=null"], "expected save_hf=DIRECTORY or checkpoint.save"),
     "no checkpoint": (["checkpoint.load=nowhere"], "checkpoint.load: expected a directory"),
     "an objective that does not fit": (["knowledge_distillation.tail=none"], "tail"),
+    "a learning rate below its minimum": (
+        ["optimizer.min_lr=1"],
+        "optimizer.min_lr: expected at most optimizer.lr=0.001, got 1",
+    ),
     "a short sequence": (["model.seq_length=16"], "was dumped with data.max_seq_length=48"),
     "a layout that does not fit": (
         ["model.tensor_model_parallel_size=3"],

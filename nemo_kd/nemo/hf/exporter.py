@@ -25,7 +25,7 @@ from nemo_kd.nemo.nemo_file import (
     read_checkpoint_config,
     read_model_config,
 )
-from nemo_kd.nemo.values import check_yaml_values
+from nemo_kd.yaml_rules import check_yaml_values
 
 
 def load_tokenizer(nemo: DictConfig) -> Any:

@@ -28,7 +28,7 @@ from nemo_kd.nemo.hf.source import Source, open_source, read_json
 from nemo_kd.nemo.hf.weights import to_megatron
 from nemo_kd.nemo.nemo_file import save_nemo
 from nemo_kd.nemo.trainer import build_trainer, initialize_model_parallel
-from nemo_kd.nemo.values import check_yaml_values
+from nemo_kd.yaml_rules import check_yaml_values
 
 
 def for_spec(name: str, names: set[str]) -> str:

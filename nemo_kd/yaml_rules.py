@@ -1,4 +1,4 @@
-"""What the values of the four YAML files may be, where their defaults do not say it."""
+"""What the values of the YAML files of all hosts may be, where their defaults do not say it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_kd.config import FORMATS
-from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
 from nemo_kd.values import (
     ANY,
     NULL,
@@ -21,7 +20,7 @@ from nemo_kd.values import (
     whole,
 )
 
-_CONF = Path(__file__).parents[1] / "conf"
+_CONF = Path(__file__).parent / "conf"
 _TEXT_OR_NULL = either(TEXT, NULL)
 _SHARE = number(0, 1)
 _BETA = Rule("a number from 0, below 1", lambda value: number(0, 1).holds(value) and value != 1)
@@ -112,17 +111,55 @@ _TRAIN = {
         for k, v in _DATA.items()
     },
 }
+# Of the teacher run on both hosts.
+_DUMP = {
+    **{f"data.{key}": rule for key, rule in _DATA.items()},
+    "data.chat_prompt_tokens": _MAPPING_OR_NULL,
+    "data.max_unsupervised_share": _SHARE,
+    "selection.*": ANY,  # read_settings checks them
+    "cache.path": TEXT,
+    "cache.shards": either(TEXT, whole(0), NULL),
+}
+_TEXTS_OR_NONE = either(TEXTS, Rule("an empty list []", lambda value: value == []))
+_BRIDGE = {"device": one_of("gpu", "cpu"), "model.hf_path": TEXT}
+_BRIDGE_TRAIN = {
+    **_BRIDGE,
+    "save_hf": _TEXT_OR_NULL,
+    "model.seq_length": whole(2),
+    "knowledge_distillation.*": ANY,  # read_settings checks them, schedules included
+    "dataset.train_caches": TEXTS,
+    "dataset.validation_caches": _TEXTS_OR_NONE,
+    "dataset.validation_files": _TEXTS_OR_NONE,
+    "dataset.names": either(TEXTS, NULL),
+    "dataset.weights": either(list_of(number()), NULL),
+    "dataset.seed": whole(0),
+    "dataset.num_workers": whole(0),
+    **{f"data.{key}": rule for key, rule in _DATA.items()},
+    "data.chat_prompt_tokens": _MAPPING_OR_NULL,
+    "peft.peft_scheme": either(one_of("lora"), NULL),
+    "peft.dropout": _SHARE,
+    "peft.dropout_position": one_of("pre", "post"),
+    "train.train_iters": whole(0),
+    "optimizer.optimizer": one_of("adam", "sgd", "muon", "dist_muon"),
+    "optimizer.adam_beta1": _BETA,
+    "optimizer.adam_beta2": _BETA,
+    "scheduler.lr_decay_style": one_of("constant", "linear", "cosine", "inverse-square-root"),
+    "scheduler.lr_decay_iters": either(whole(1), NULL),
+    "scheduler.lr_warmup_iters": whole(0),
+    "checkpoint.save": _TEXT_OR_NULL,
+    "checkpoint.load": _TEXT_OR_NULL,
+    "checkpoint.most_recent_k": whole(-1),
+    "logger.tensorboard_dir": _TEXT_OR_NULL,
+    **{f"logger.wandb_{key}": _TEXT_OR_NULL for key in ("project", "exp_name", "save_dir")},
+}
 _RULES = {
+    "bridge/dump_teacher_topk": _BRIDGE | _DUMP,
+    "bridge/train_kd_sft": _BRIDGE_TRAIN,
     "train_kd_sft": {"model.restore_from_path": TEXT, **_TRAINER, **_TRAIN},
     "dump_teacher_topk": {
         "teacher.restore_from_path": TEXT,
         **_TRAINER,
-        **{f"data.{key}": rule for key, rule in _DATA.items()},
-        "data.chat_prompt_tokens": _MAPPING_OR_NULL,
-        "data.max_unsupervised_share": _SHARE,
-        "selection.*": ANY,  # read_settings checks them
-        "cache.path": TEXT,
-        "cache.shards": either(TEXT, whole(0), NULL),
+        **_DUMP,
     },
     "import_hf_llama": {
         **dict.fromkeys(("source", "output"), TEXT),
@@ -142,23 +179,3 @@ def check_yaml_values(config: Any, name: str) -> None:
         ValueError: A value is missing, or none that the run can take; names the key.
     """
     check_values(config, OmegaConf.load(_CONF / f"{name}.yaml"), _RULES[name])
-    if name == "train_kd_sft" and config.get("exp_manager"):
-        check_monitor(config)
-
-
-def check_monitor(config: Any) -> None:
-    """Refuse a monitor that no validation logs: the first checkpoint would fail.
-
-    Raises:
-        ValueError: There is no such metric.
-    """
-    key = "exp_manager.checkpoint_callback_params.monitor"
-    monitor = OmegaConf.select(config, key)
-    data = config.model.data.validation_ds
-    names = data.get("names") or [f"dataloader{i}" for i in range(len(data.file_names))]
-    known = ["validation_loss", "val_loss"]
-    for name, path in zip(names, data.file_names, strict=False):
-        terms = KD_TERMS if Path(path).is_dir() else SFT_TERMS
-        known += [f"validation_{term}_{name}" for term in ("loss", *terms)]
-    if monitor is not None and monitor not in known:
-        raise ValueError(f"{key}: expected one of {', '.join(known)}, got {monitor!r}")
