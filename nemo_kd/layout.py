@@ -9,7 +9,11 @@ _NEMOS = "trainer.devices and trainer.num_nodes"
 
 
 def check_layout(
-    model: Mapping[Any, Any], num_processes: int, section: str, set_by: str = _NEMOS
+    model: Mapping[Any, Any],
+    num_processes: int,
+    section: str,
+    set_by: str = _NEMOS,
+    shares_groups: bool = False,
 ) -> int:
     """Return the data-parallel size; refuse a model that the parallel sizes do not divide.
 
@@ -18,6 +22,7 @@ def check_layout(
         num_processes: Of the whole job.
         section: The place of the settings in the YAML, for the message.
         set_by: What sets the number of processes, for the message.
+        shares_groups: Whether the host's Megatron lets several ranks have one key/value group.
 
     Raises:
         ValueError: The processes, heads, key/value groups, feed-forward sizes, experts or layers do
@@ -32,7 +37,8 @@ def check_layout(
         names += ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"]
     for name in names:
         size = model.get(name)
-        if size is not None and size % tensor_size:
+        is_shared = shares_groups and name == "num_query_groups" and size
+        if size is not None and size % tensor_size and not (is_shared and tensor_size % size == 0):
             raise ValueError(
                 f"expected {section}.tensor_model_parallel_size to divide the model's {name}, "
                 f"{size}, got {tensor_size}"
@@ -56,6 +62,29 @@ def check_layout(
     _check_experts(model, num_processes, section)
     num_replicas: int = num_processes // replica_size
     return num_replicas
+
+
+def check_replica(model: Mapping[Any, Any], section: str) -> None:
+    """Refuse a layout that the teacher run does not have.
+
+    Experts on fewer ranks than the other layers are one: the ranks that work on one micro batch
+    would not be those of one group of Megatron's.
+
+    Raises:
+        ValueError: The layout is such a one.
+    """
+    for key, only in ("context_parallel_size", 1), ("virtual_pipeline_model_parallel_size", None):
+        if model[key] != only:
+            raise ValueError(f"{section}.{key}: the teacher run has none, got {model[key]}")
+    tensor_size = model["tensor_model_parallel_size"]
+    own_size = model.get("expert_tensor_parallel_size") or tensor_size
+    expert_ranks = own_size * (model.get("expert_model_parallel_size") or 1)
+    if model.get("num_moe_experts") and expert_ranks % tensor_size:
+        raise ValueError(
+            f"expected {section}.expert_tensor_parallel_size x expert_model_parallel_size to be a "
+            f"multiple of tensor_model_parallel_size {tensor_size} in a teacher run, got "
+            f"{expert_ranks}"
+        )
 
 
 def _check_experts(model: Mapping[Any, Any], num_processes: int, section: str) -> None:

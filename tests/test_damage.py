@@ -287,6 +287,9 @@ def test_a_given_checkpoint_is_checked_and_stays(
     assert {path.name: path.read_bytes() for path in other.iterdir()} == before
     output = run_example(SCRIPT, *run(other, "trainer.max_steps=5"))
     assert "trained 1 steps, to step 5" in output
+    shutil.rmtree(other)  # a run with checkpoints of its own needs it no more
+    output = run_example(SCRIPT, *run(other, "trainer.max_steps=6"))
+    assert "trained 1 steps, to step 6" in output
 
 
 def test_damaged_settings_of_a_run(
@@ -300,6 +303,17 @@ def test_damaged_settings_of_a_run(
     line = refused(run_example(SCRIPT, *run, succeeds=False))
     assert f"{record} is damaged" in line
     assert "remove it" in line
+
+
+def test_a_full_disk_in_an_import(small_disk: Path, hf_llamas: dict[str, Path]) -> None:
+    """The converted weights lie in mapped files, where a lack of room would kill the process."""
+    (small_disk / "filler").write_bytes(bytes(5 * 2**20 - 300_000))
+    output = small_disk / "student.nemo"
+    run = ("import_hf_llama.py", f"source={hf_llamas['tied']}", f"output={output}")
+    line = refused(run_example(*run, status=1))
+    assert FULL.format(output) in no_cause(line)
+    assert "what stood there before is as it was" in line
+    assert {path.name for path in small_disk.iterdir()} == {"filler", "student.tokenizer"}
 
 
 def test_a_full_disk_in_a_checkpoint(

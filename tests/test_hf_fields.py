@@ -308,6 +308,32 @@ def test_damaged_source_is_refused(
     assert "\n" not in str(error.value)
 
 
+def lose_embedding(directory: Path) -> None:
+    """A tied model that has an output layer and no embedding."""
+    change_config(directory, tie_word_embeddings=True)
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tied_model_without_its_embedding(hf_llamas: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(hf_llamas["untied"], tmp_path / "hf")
+    lose_embedding(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"missing_keys \['model.embed_tokens.weight'\]"):
+        open_source(tmp_path / "hf")
+
+
+def test_one_file_is_preferred_to_an_index(hf_llamas: dict[str, Path], tmp_path: Path) -> None:
+    """As in transformers, which leaves an old index beside a model that it saves in one file."""
+    shutil.copytree(hf_llamas["untied"], tmp_path / "hf")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lm_head.weight" in open_source(tmp_path / "hf").weights
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"which model\.safetensors\.index\.json names, found no"):
+        open_source(tmp_path / "hf")
+
+
 def test_old_buffers_are_no_weights(hf_llamas: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(hf_llamas["untied"], tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"

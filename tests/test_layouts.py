@@ -8,7 +8,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from runs import EXAMPLES
 
-from nemo_kd.layout import check_expert_training, check_layout, check_sequence_length, check_slices
+from nemo_kd.layout import (
+    check_expert_training,
+    check_layout,
+    check_replica,
+    check_sequence_length,
+    check_slices,
+)
 from nemo_kd.student.dataset import padding_multiple
 
 MODEL = {
@@ -199,6 +205,36 @@ def test_batches_are_padded_to_what_the_ranks_divide(
     layout = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
     config = OmegaConf.create(layout | {"sequence_parallel": sequence_parallel})
     check_slices(config, padding_multiple(config), "the batch")
+
+
+def test_ranks_may_share_a_group_on_bridge() -> None:
+    wide = model(tensor_model_parallel_size=4)
+    with pytest.raises(ValueError, match="to divide the model's num_query_groups, 2, got 4"):
+        check_layout(wide, 4, "model")
+    assert check_layout(wide, 4, "model", shares_groups=True) == 1
+    with pytest.raises(ValueError, match="num_query_groups, 3"):
+        check_layout(model(tensor_model_parallel_size=4, num_query_groups=3), 4, "m", "", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_parallel_size": 2}, "context_parallel_size: the teacher run has none, got 2"),
+        ({"expert_tensor_parallel_size": 1}, "multiple of tensor_model_parallel_size 2"),
+        ({"expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}, None),
+        ({}, None),
+    ],
+)
+def test_the_teachers_experts_are_on_all_ranks(
+    changes: dict[str, object], message: str | None
+) -> None:
+    sizes = {"tensor_model_parallel_size": 2, "num_moe_experts": 4, "context_parallel_size": 1}
+    teacher = model(**sizes | {"virtual_pipeline_model_parallel_size": None} | changes)
+    if message is None:
+        check_replica(teacher, "model")
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_replica(teacher, "model")
 
 
 OVERLAPS = {

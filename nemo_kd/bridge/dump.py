@@ -15,6 +15,7 @@ from nemo_kd.chat.samples import warn_of_missing_begin, with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_dump, refuse_unknown_keys
 from nemo_kd.core_tokenizer import Tokenizer
 from nemo_kd.hf_config import hf_files
+from nemo_kd.layout import check_replica
 from nemo_kd.ranks import on_rank_zero, start
 from nemo_kd.selection import SelectionConfig
 from nemo_kd.student.dataset import padding_multiple
@@ -51,9 +52,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     start(config.device)
     length = data.max_seq_length
     _, provider, _ = read_model(config.model, config.device, length, "data.max_seq_length")
-    for key, only in ("context_parallel_size", 1), ("virtual_pipeline_model_parallel_size", None):
-        if getattr(provider, key) != only:
-            raise ValueError(f"model.{key}: the teacher run has none, got {getattr(provider, key)}")
+    check_replica(vars(provider), "model")
     provider.seq_length = max(provider.seq_length, length)
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
     tokenizer = Tokenizer(build_tokenizer(tokenizer_config(config.model.hf_path)))

@@ -58,7 +58,9 @@ def read_model(
             f"{provider.mtp_num_layers}; set +model.mtp_num_layers=null to leave them out"
         )
     settings, num_processes = vars(provider), torch.distributed.get_world_size()
-    num_replicas = check_layout(settings, num_processes, "model", "the number of processes")
+    num_replicas = check_layout(
+        settings, num_processes, "model", "the number of processes", shares_groups=True
+    )
     tensor_size = provider.tensor_model_parallel_size
     if provider.vocab_size % tensor_size:
         raise ValueError(

@@ -70,19 +70,19 @@ def start_exp_manager(
         )
     directory = checkpoint_directory(config)
     given = config.get("resume_from_checkpoint")  # NeMo takes it if the run has no checkpoint
-    files = [] if given is None else files_of_checkpoint(given)
+    own: list[Path] = []
     if directory is not None and settings is not None:
         # The other ranks wait, so that they find the directory as rank 0 leaves it.
         say(on_rank_zero(lambda: prepare(directory, settings, allow_changes, given)))
         own = checked_before_resuming(directory)
         for path in own:
             check_files(path, "the checkpoint to resume from", remedy=_REMEDY)
-        files = [] if own else files
     elif not any(config.get(key) for key in ("resume_if_exists", "explicit_log_dir", "version")):
         # NeMo names the directory by the time, which differs among ranks.
         config.version = on_rank_zero(lambda: time.strftime("%Y-%m-%d_%H-%M-%S"))
-    for path in files:
-        check_files(path, "exp_manager.resume_from_checkpoint")
+    if given is not None and not own:
+        for path in files_of_checkpoint(given):
+            check_files(path, "exp_manager.resume_from_checkpoint")
     trainer.callbacks.append(ExactCounts())
     trainer.callbacks.append(LastCheckpoint())
     if config.get("create_preemption_callback", True):

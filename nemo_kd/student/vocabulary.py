@@ -116,5 +116,6 @@ def check_lacking(cache: TopKCache, ids: Array | None) -> str | None:
     return (
         f"{cache.path}: the student's tokenizer lacks {len(lacking):,} of the teacher's tokens "
         f"({shown}), which the data does not use; {lost / max(1, num_rows):.3%} of the teacher's "
-        f"probability is on them and goes to the tail, measured on {measured}"
+        f"probability is on them and joins the tail, which renormalize and drop leave out; "
+        f"measured on {measured}"
     )

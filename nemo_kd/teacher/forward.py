@@ -28,6 +28,8 @@ class HostRows:
     def wait(self) -> TeacherRows:
         """Return the rows once they are there. Any thread may wait."""
         if self.arrival is not None:
+            # A new thread's device is the first GPU, where the wait would open a context.
+            torch.cuda.set_device(self.arrival.device)
             self.arrival.synchronize()
         return self.rows
 
@@ -39,8 +41,8 @@ class Teacher:
     The output layer gets the hidden states of the supervised positions only, some at a time. So the
     logits of a whole micro batch never exist, and those of a prompt are not computed.
 
-    On a GPU no step of a micro batch waits for another: the positions are found on the CPU, and the
-    rows are copied to it while the next micro batch is computed.
+    On a GPU the CPU waits for no step of a micro batch: it finds the positions itself, and the copy
+    of the rows is queued behind the micro batch's kernels.
     """
 
     model: Any  # what Megatron's schedule calls, with or without wrappers around `module`

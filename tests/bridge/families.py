@@ -34,7 +34,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {"head_dim": 32, "moe_intermediate_size": 48, "norm_topk_prob": True} | EXPERTS,
     ),
-    "gemma": ("GemmaConfig", {"head_dim": 32}),
+    # As Gemma 2B: two ranks share the one head of keys and values.
+    "gemma": ("GemmaConfig", {"head_dim": 32, "num_key_value_heads": 1}),
     "gemma2": ("Gemma2Config", {"head_dim": 32, "query_pre_attn_scalar": 24}),
     "gemma3": (  # the seventh layer is the first to follow one that sees all
         "Gemma3TextConfig",

@@ -141,6 +141,7 @@ def test_a_family_computes_what_transformers_computes(
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
+        ("gemma", "tensor"),
         ("gemma3", "tensor"),
         ("nemotron", "tensor"),
         ("gemma2", "pipeline"),

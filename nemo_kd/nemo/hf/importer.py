@@ -3,6 +3,7 @@
 The .nemo is written at tensor and pipeline parallel size 1; NeMo restores it at any other.
 """
 
+import os
 import re
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from nemo_kd.chat.samples import begin_token
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import quiet_host
+from nemo_kd.nemo.disk import one_line_if_full
 from nemo_kd.nemo.hf.configs import nemo_config
 from nemo_kd.nemo.hf.families import MODEL_TYPES
 from nemo_kd.nemo.hf.source import Source, open_source, read_json
@@ -45,6 +47,7 @@ def import_hf_llama(config: DictConfig) -> None:
 
     Raises:
         ValueError: A key or a path does not fit, or the source is not a model of a known family.
+        OSError: The disk is full.
     """
     check_yaml_values(config, "import_hf_llama")
     refuse_unknown_keys(config, ("source", "output", "keep_layers"))
@@ -73,7 +76,8 @@ def import_hf_llama(config: DictConfig) -> None:
     model = build_model(model_config)
     (module,) = model.get_model_module_list()
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        fill_model(module, source, layers, Path(scratch))
+        with one_line_if_full(output, lambda: "what stood there before is as it was"):
+            fill_model(module, source, layers, Path(scratch))
         cpu_backend.drop_overrides(model.cfg)
         model.sharded_state_dict = partial(_unshared, model.sharded_state_dict, Path(scratch))
         save_nemo(model, str(output))
@@ -166,6 +170,9 @@ def _unshared(make: Callable[[], Any], scratch: Path) -> Any:
 def _mapped(tensor: torch.Tensor, scratch: Path) -> torch.Tensor:
     """A copy in a file without a name, which is gone when nothing refers to it."""
     path = scratch / "weight"
+    with open(path, "wb") as file:
+        # Its room on the disk at once: a write into a map that finds none would kill the process.
+        os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))
     mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(
         tensor.shape
     )

@@ -80,8 +80,8 @@ def open_source(source: Path) -> Source:
         if config.tie_word_embeddings:
             del weights["lm_head.weight"]
         return Source(config, weights, model.dtype, tokenizer)
-    names = {"model.safetensors"}
-    if index.exists():
+    names = {"model.safetensors"}  # as in transformers, whatever an index beside it says
+    if not (directory / "model.safetensors").exists():
         names = set(read_json(index).get("weight_map", {}).values())
     mapped = MappedWeights([directory / name for name in sorted(names)])
     _check_weights(config, mapped)
@@ -174,7 +174,7 @@ def _check_tied(weights: MappedWeights) -> None:
 
     transformers 4 leaves it out, and transformers 5 computes with it.
     """
-    if "lm_head.weight" not in weights:
+    if not {"lm_head.weight", "model.embed_tokens.weight"} <= weights.keys():
         return
     if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
         raise ValueError(
