@@ -1,8 +1,7 @@
 """The real Megatron-Bridge on a machine without a GPU, for development, tests and small runs.
 
-Bridge 0.3 assumes CUDA, NCCL and Transformer Engine in some twenty places. `enable` answers each
-of them on the CPU (torch.distributed runs on gloo). Only `device=cpu` calls it, and it refuses to
-start on a machine that has a GPU, where the unpatched code must run.
+Bridge 0.3 assumes CUDA, NCCL and Transformer Engine in some twenty places. `enable`, which only
+`device=cpu` calls, answers each of them on the CPU. torch.distributed runs on gloo.
 """
 
 import functools

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
 from megatron.bridge.training.config import DatasetProvider
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
@@ -30,6 +29,11 @@ from nemo_kd.loss import KDLossConfig
 from nemo_kd.student.dataset import CacheSamples
 from nemo_kd.student.fit import check_caches
 from nemo_kd.student.sets import Blend, Sets
+
+try:
+    from megatron.bridge.data.datasets.sft import GPTSFTChatDataset, GPTSFTDataset
+except ModuleNotFoundError:  # as Bridge 0.6 names it
+    from megatron.bridge.data.datasets.gpt_sft import GPTSFTChatDataset, GPTSFTDataset
 
 
 class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):

@@ -96,8 +96,7 @@ def _record(config: DictConfig, resumes: bool) -> None:
     settings = settings_of(own, fingerprint_model(hf_files(config.model.hf_path)))
     directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
     if resumes and not own["resume_changed"]:
-        remedy = "Give this run another checkpoint.save"
-        check_record(Path(loaded or directory), settings, "", remedy)
+        check_record(Path(loaded or directory), settings, "", "Give it another checkpoint.save")
     if directory is not None:
         write_record(Path(directory), settings)
 
@@ -166,8 +165,7 @@ def check_settings(config: DictConfig) -> DistillationConfig:
             "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
             "1, got false: a rank may have no supervised token of a micro batch"
         )
-    validates = config.train.train_iters == 0
-    if config.save_hf is None and config.checkpoint.save is None and not validates:
+    if not (config.save_hf or config.checkpoint.save or config.train.train_iters == 0):
         raise ValueError(
             "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
             "leave nothing"
@@ -181,12 +179,12 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     Raises:
         ValueError: A section has a key that Bridge does not know, or a cache does not fit.
     """
-    from megatron.bridge.training import config as bridge
+    from megatron.bridge.training import config as sections
 
     from nemo_kd.bridge.dataset import KDCaches
     from nemo_kd.bridge.models import tokenizer_config
 
-    train = set_fields(bridge.TrainingConfig(), config.train, "train")
+    train = set_fields(sections.TrainingConfig(), config.train, "train")
     lists = ("train_caches", "validation_caches", "validation_files")
     files = config.dataset.validation_files
     own = {"max_seq_length": config.model.seq_length, "file_names": tuple(files)}
@@ -200,20 +198,20 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     )
     set_fields(dataset, config.dataset, "dataset", lists)
     on_gpu = config.device == "gpu"
-    checkpoint = set_fields(bridge.CheckpointConfig(), config.checkpoint, "checkpoint")
+    checkpoint = set_fields(sections.CheckpointConfig(), config.checkpoint, "checkpoint")
     checkpoint.load = checkpoint.load or checkpoint.save  # a run resumes by the same command
-    container = bridge.ConfigContainer(
+    container = sections.ConfigContainer(
         train=train,
         model=provider,
-        optimizer=set_fields(bridge.OptimizerConfig(), config.optimizer, "optimizer"),
-        scheduler=set_fields(bridge.SchedulerConfig(), config.scheduler, "scheduler"),
+        optimizer=set_fields(sections.OptimizerConfig(), config.optimizer, "optimizer"),
+        scheduler=set_fields(sections.SchedulerConfig(), config.scheduler, "scheduler"),
         dataset=dataset,
-        logger=set_fields(bridge.LoggerConfig(), config.logger, "logger"),
+        logger=set_fields(sections.LoggerConfig(), config.logger, "logger"),
         tokenizer=tokenizer_config(config.model.hf_path),
         checkpoint=checkpoint,
-        rng=set_fields(bridge.RNGConfig(), config.rng, "rng"),
-        ddp=set_fields(bridge.DistributedDataParallelConfig(), config.ddp, "ddp"),
-        dist=bridge.DistributedInitConfig(distributed_backend="nccl" if on_gpu else "gloo"),
+        rng=set_fields(sections.RNGConfig(), config.rng, "rng"),
+        ddp=set_fields(sections.DistributedDataParallelConfig(), config.ddp, "ddp"),
+        dist=sections.DistributedInitConfig(distributed_backend="nccl" if on_gpu else "gloo"),
         mixed_precision=config.mixed_precision if on_gpu else None,
     )
     if config.resume_changed:

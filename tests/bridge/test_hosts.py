@@ -69,6 +69,29 @@ def test_a_dump_has_the_bytes_of_the_nemo_host(cache: Path) -> None:
     assert hashes(cache) == reference()["cache"]
 
 
+def test_a_killed_dump_resumes_to_the_same_bytes(
+    wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
+) -> None:
+    """SIGKILL comes when a shard is computed, and not yet published, beside one that is whole."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    shards = "cache.samples_per_shard=4"
+    run_example(DUMP, *dump_arguments(wide_llamas["untied"], jsonl, whole), shards)
+    arguments = [*dump_arguments(wide_llamas["untied"], jsonl, killed), shards]
+    run_example(DUMP, *arguments, "cache.shards=0")
+    first = hashes(killed)
+    script = (STOPPED_RUN, "SIGKILL", "nemo_kd.cache.writer:ShardWriter.finish", 0, DUMP)
+    run_example(*script, *arguments, succeeds=False)
+    assert list(killed.glob(".tmp*")), "what it was writing is still there"
+    assert hashes(killed) == first
+    run_example(DUMP, *arguments)
+    found = [
+        {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+        for cache in (whole, killed)
+    ]
+    assert len(first) < len(hashes(whole))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
 def test_a_dump_at_another_layout(
     layout: str, cache: Path, wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
