@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,26 @@ def _run(command: str, overrides: list[str]) -> None:
             announce(config)
             if command == "import-hf":  # as in examples/import_hf_llama.py
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            getattr(importlib.import_module(f"nemo_kd.{host}.{module}"), name)(config)
+            getattr(_of_host(host, module), name)(config)
 
     sys.argv = [f"nemo-kd {command}", *overrides]  # Hydra reads its arguments there
     answer_help(conf / f"{name}.yaml")
     run()
+
+
+def _of_host(host: str, module: str) -> Any:
+    """A module of a host.
+
+    Raises:
+        ValueError: This environment has not got that host.
+    """
+    needed, make = {"nemo": ("nemo", "setup"), "bridge": ("megatron.bridge", "setup-bridge")}[host]
+    if find_spec(needed) is None:
+        raise ValueError(
+            f"this environment has no {needed}, which is needed here; call it in the environment "
+            f"of that host (make {make}), or for dump and train choose --host"
+        )
+    return importlib.import_module(f"nemo_kd.{host}.{module}")
 
 
 def _taken_host(command: str, overrides: list[str]) -> str:
@@ -181,16 +197,16 @@ def _add_verify(commands: Any) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     if (arguments.against is None) != (arguments.tokenizer is None):
         raise ValueError("--against and --tokenizer need each other: give both or none")
+    if arguments.chat_template is not None and arguments.against is None:
+        raise ValueError("--chat-template is read with --against alone: give both or none")
     cache = TopKCache(arguments.cache)
     num_faults = 0
     size_bytes = sum(path.stat().st_size for path in cache.path.glob("shard-*/*.*"))
     with tqdm(total=size_bytes, unit="B", unit_scale=True, disable=None) as progress:
         faults = cache.verify(progress.update)
         if arguments.against is not None:
-            from nemo_kd.nemo.compare import differences
-
             against = (arguments.against, arguments.tokenizer, arguments.chat_template)
-            faults = chain(faults, differences(cache, *against))
+            faults = chain(faults, _of_host("nemo", "compare").differences(cache, *against))
         for fault in faults:
             num_faults += 1
             progress.write(fault, file=sys.stdout)
@@ -230,22 +246,24 @@ def _add_show(commands: Any) -> None:
 def _show(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nemo_kd.nemo.compare import samples_of, token_decoder
+    compare = _of_host("nemo", "compare")
     from nemo_kd.nemo.console import quiet_host
     from nemo_kd.nemo.nemo_file import read_tokenizer
     from nemo_kd.show import show_choices, show_sample
 
     quiet_host()
     tokenizer = read_tokenizer(arguments.tokenizer, "--tokenizer")
-    decode, console = token_decoder(tokenizer), Console(highlight=False, soft_wrap=True)
+    decode, console = compare.token_decoder(tokenizer), Console(highlight=False, soft_wrap=True)
     if (Path(arguments.path) / MANIFEST_NAME).exists():
+        if arguments.overrides:
+            raise ValueError(f"expected no data.KEY for a cache, got {arguments.overrides[0]}")
         cache = TopKCache.open(arguments.path)
         for number in range(min(arguments.n, len(cache))):
             sample = cache[number]
             show_sample(console, number, sample.tokens, sample.loss_mask, decode)
             show_choices(console, sample, decode)
         return 0
-    samples = samples_of(arguments.path, arguments.overrides, tokenizer)
+    samples = compare.samples_of(arguments.path, arguments.overrides, tokenizer)
     for number, (tokens, loss_mask, _) in zip(range(arguments.n), samples, strict=False):
         show_sample(console, number, tokens, loss_mask, decode)
     return 0

@@ -180,7 +180,10 @@ def test_show_prints_what_is_learnt(
     dump = dump_arguments(nemos["untied"], file, tmp_path / "cache")
     dump = [each for each in dump if not each.startswith("data.prompt_template")]
     run_example("dump_teacher_topk.py", *dump, f"data.chat_template={template}")
-    assert main(["show", str(tmp_path / "cache"), "-n", "1", *tokenizer]) == 0
+    shown = ["show", str(tmp_path / "cache"), "-n", "1", *tokenizer]
+    assert main([*shown, "data.train_on=last_assistant"]) == 1
+    assert "expected no data.KEY for a cache" in capsys.readouterr().err
+    assert main(shown) == 0
     output = capsys.readouterr().out
     assert texts[0] in output
     (sample, *_) = TopKCache.open(tmp_path / "cache")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -215,3 +217,19 @@ def test_against_needs_a_tokenizer(dumped, capsys):
     cache, source = dumped
     assert main(["verify", str(cache), "--against", str(source)]) == 1
     assert "--against and --tokenizer need each other" in capsys.readouterr().err
+    assert main(["verify", str(cache), "--chat-template", str(source)]) == 1
+    assert "--chat-template is read with --against alone" in capsys.readouterr().err
+
+
+def test_a_host_that_is_not_installed_is_one_line():
+    """This environment has one host; each command of the other names the environment to call."""
+    command = ["dump", "--host", "bridge", "model.hf_path=x", "data.file_names=[x]", "cache.path=x"]
+    run = subprocess.run(
+        [sys.executable, "-c", "from nemo_kd.cli import main; main()", *command],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "this environment has no megatron.bridge" in run.stderr
+    assert "(make setup-bridge)" in run.stderr
+    assert "Traceback" not in run.stderr
