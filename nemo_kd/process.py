@@ -1,6 +1,7 @@
 """How a process of this package begins and ends: its first lines, its help, its exit and errors."""
 
 import atexit
+import importlib.util
 import multiprocessing
 import multiprocessing.util  # registers its exit handler now, so that ours runs before it
 import os
@@ -62,6 +63,14 @@ def _size(path: Path) -> str:
     num_bytes = sum(each.stat().st_size for each in files if each.is_file())
     unit, scale = ("MB", 1e6) if num_bytes >= 1e5 else ("kB", 1e3)
     return f" ({num_bytes / scale:,.1f} {unit})" if num_bytes else ""
+
+
+def check_installed(package: str, key: str, off: str) -> None:
+    """Raise a ValueError if the package that `key` asks for is missing; `off` does without it."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{key} needs the package {package}: pip install {package}, or set it to {off}"
+        )
 
 
 def check_new_directory(path: str, key: str) -> None:

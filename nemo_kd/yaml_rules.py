@@ -27,6 +27,7 @@ _BETA = Rule("a number from 0, below 1", lambda value: number(0, 1).holds(value)
 _WEIGHT_INIT = one_of("xavier", "normal", "kaiming", "zero")
 _METRICS = ("loss", "exact_string_match", "rouge", "accuracy", "average_precision", "f1")
 _MAPPING_OR_NULL = either(NULL, Rule("a mapping {...}", lambda value: isinstance(value, dict)))
+_DECAYS = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _PRECISIONS = ("bf16-mixed", "bf16", "16-mixed", "bf16-true", "16-true", "32-true", "16", "32")
 
 _TRAINER = {
@@ -143,7 +144,7 @@ _BRIDGE_TRAIN = {
     "optimizer.optimizer": one_of("adam", "sgd", "muon", "dist_muon"),
     "optimizer.adam_beta1": _BETA,
     "optimizer.adam_beta2": _BETA,
-    "scheduler.lr_decay_style": one_of("constant", "linear", "cosine", "inverse-square-root"),
+    "scheduler.lr_decay_style": one_of(*_DECAYS),
     "scheduler.lr_decay_iters": either(whole(1), NULL),
     "scheduler.lr_warmup_iters": whole(0),
     "checkpoint.save": _TEXT_OR_NULL,

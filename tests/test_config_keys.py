@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,12 +146,27 @@ def test_a_gpus_optimizer_is_known_on_a_cpu(name: str) -> None:
     )
 
 
-def test_a_logger_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("train_kd_sft", "exp_manager.create_wandb_logger=true"),
+        ("bridge/train_kd_sft", "logger.wandb_project=kd"),
+    ],
+)
+def test_a_logger_that_is_not_installed_is_refused(
+    name: str, override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     find_spec = importlib.util.find_spec
-    check = check_of("train_kd_sft")
-    config = composed("train_kd_sft", "exp_manager.create_wandb_logger=true")
+    config = composed(name, override)
+    if name.startswith("bridge/"):
+        from nemo_kd.bridge.train import check_settings as check
+
+        (tmp_path / "manifest.json").touch()  # as far as the checks look at a cache
+        config.dataset.train_caches = [str(tmp_path)]
+    else:
+        from nemo_kd.nemo.train import check_settings as check
     monkeypatch.setattr(
         importlib.util,
         "find_spec",

@@ -11,14 +11,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
-from nemo_kd.cache.layout import MANIFEST_NAME
 from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
-from nemo_kd.process import check_new_directory, exit_stopped, rank, say
+from nemo_kd.process import check_installed, check_new_directory, exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
+from nemo_kd.student.fit import check_there
 from nemo_kd.student.run_record import check_record, renew_optimizer, settings_of, write_record
 from nemo_kd.values import set_fields
 from nemo_kd.yaml_rules import check_yaml_values
@@ -145,9 +145,9 @@ def check_settings(config: DictConfig) -> DistillationConfig:
     objective = config.knowledge_distillation
     distillation = read_settings(DistillationConfig, objective, "knowledge_distillation")
     for key in "train_caches", "validation_caches":
-        for path in config.dataset[key]:
-            if not (Path(path) / MANIFEST_NAME).is_file():
-                raise ValueError(f"dataset.{key}: expected cache directories, found none at {path}")
+        check_there(config.dataset[key], f"dataset.{key}")
+    if config.logger.wandb_project is not None:
+        check_installed("wandb", "logger.wandb_project", "null")
     for key in "optimizer.min_lr", "scheduler.lr_warmup_init":
         if (rate := OmegaConf.select(config, key)) > config.optimizer.lr:
             raise ValueError(

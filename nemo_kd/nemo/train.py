@@ -1,6 +1,5 @@
 """The student run on NeMo 2.4: checks the settings, restores the model, trains and saves it."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from nemo_kd.nemo.trainer import (
     initialize_model_parallel,
     prepare_accelerator,
 )
-from nemo_kd.process import say
+from nemo_kd.process import check_installed, say
 from nemo_kd.ranks import on_rank_zero
 from nemo_kd.student.terms import KD_TERMS, SFT_TERMS
 from nemo_kd.yaml_rules import check_yaml_values
@@ -63,12 +62,8 @@ def check_settings(config: DictConfig) -> None:
             f"expected model.optim.name=fused_adam with model.peft, got {config.model.optim.name}, "
             "whose state NeMo's checkpoints of adapters leave out"
         )
-    wants_wandb = (config.exp_manager or {}).get("create_wandb_logger", False)
-    if wants_wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "exp_manager.create_wandb_logger=true needs the package wandb: pip install wandb, or "
-            "set it to false"
-        )
+    if (config.exp_manager or {}).get("create_wandb_logger", False):
+        check_installed("wandb", "exp_manager.create_wandb_logger=true", "false")
 
 
 def check_monitor(config: Any) -> None:

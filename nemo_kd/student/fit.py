@@ -1,14 +1,22 @@
 """Whether a cache is one that this student, at this objective, can be trained on."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nemo_kd.cache import TopKCache
 from nemo_kd.cache.inspection import unsupervised
-from nemo_kd.cache.layout import Array
+from nemo_kd.cache.layout import MANIFEST_NAME, Array
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.process import say
 from nemo_kd.student.vocabulary import check_lacking, student_ids
+
+
+def check_there(paths: Iterable[str], key: str) -> None:
+    """Raise a ValueError if there is no cache at one of `paths`, the values of `key`."""
+    for path in paths:
+        if not (Path(path) / MANIFEST_NAME).is_file():
+            raise ValueError(f"{key}: expected cache directories, found none at {path}")
 
 
 def check_caches(
