@@ -12,6 +12,7 @@ from typing import Any
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
 from megatron.bridge.training.config import DatasetProvider
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
+from megatron.core import parallel_state
 
 from nemo_kd.bridge.models import tokenizer_config
 from nemo_kd.cache import SourceFile
@@ -110,6 +111,7 @@ class KDCaches(DatasetProvider):
             GPTSFTKDDataset,
             tokenizer=tokenizer,
             kd_config=self.objective,
+            reads_rows=parallel_state.is_pipeline_last_stage(),
             max_seq_length=self.seq_length,
             pad_seq_length_to_mult=self.pad_seq_length_to_mult,
             seed=self.seed,

@@ -63,8 +63,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     provider.finalize()
     provider.initialize_model_parallel(seed=1234)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
-    multiple = padding_multiple(config.model)
-    datasets = file_datasets(data, tokenizer, manifest.sources, multiple)
+    datasets = file_datasets(data, tokenizer, manifest.sources, padding_multiple(config.model))
     warn_of_missing_begin(tokenizer, datasets)
     fill_cache(
         manifest,

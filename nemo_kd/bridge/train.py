@@ -57,11 +57,9 @@ def train_kd_sft(config: DictConfig) -> None:
 
     start(config.device)
     length = config.model.seq_length
-    bridge, provider, num_replicas = read_model(
-        config.model, config.device, length, "model.seq_length"
-    )
+    bridge, provider, replicas = read_model(config.model, config.device, length, "model.seq_length")
     check_expert_training(vars(provider), "model")
-    check_batches(num_replicas, config.train.micro_batch_size, config.train.global_batch_size)
+    check_batches(replicas, config.train.micro_batch_size, config.train.global_batch_size)
     container = _container(config, provider, distillation)
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
