@@ -45,9 +45,9 @@ class Replica:
         self._leader = next(rank for rank in ranks if told[rank][1])
         for replica in sorted({tuple(other) for other, _ in told}):
             # new_group is a collective: every rank takes part in the making of every group.
-            group = torch.distributed.new_group(replica, timeout=PATIENCE, backend="gloo")
+            made = torch.distributed.new_group(replica, timeout=PATIENCE, backend="gloo")
             if list(replica) == ranks:
-                self._group = group
+                self._group = made
         self._asked = False
         signal.signal(signal.SIGTERM, self._ask)
 

@@ -184,7 +184,8 @@ def family_of_nemo(nemo: Any) -> Family:
 
     nearest = min(FAMILIES, key=lambda family: len(differences(family)))
     names = ", ".join(family.name for family in FAMILIES)
-    for key in differences(nearest):
+    if different := differences(nearest):
+        key = different[0]
         raise ValueError(
             f"source: expected a model of one of the families {names}; the nearest is "
             f"{nearest.name} ({key}: {nearest.architecture[key]}), got {key}: {found[key]}"

@@ -92,7 +92,7 @@ def check_fields(raw: dict[str, Any]) -> None:
     for name in raw.get("architectures") or ():
         if not name.endswith("ForCausalLM"):
             raise ValueError(f"source: expected a model with logits (...ForCausalLM), got {name}")
-    # A field that Mistral's config leaves out is a window of 4096; a Qwen's has a switch above.
+    # Without the field Mistral's window is 4096. A Qwen's is off by use_sliding_window, see FIXED.
     window = raw.get("sliding_window", 4096 if model_type == "mistral" else None)
     windows = set(raw.get("layer_types") or ()) - {"full_attention"}
     if windows or (window is not None and model_type not in ("qwen2", "qwen3")):
@@ -101,7 +101,8 @@ def check_fields(raw: dict[str, Any]) -> None:
             f"layer_types {sorted(windows)}"
         )
     known = honoured | fixed.keys() | NO_EFFECT | {"sliding_window", "layer_types"}
-    for field in sorted(raw.keys() - known):
+    if unknown := sorted(raw.keys() - known):
+        field = unknown[0]
         raise ValueError(
             f"source: config.json has {field}: {raw[field]!r:.80}, a field that the import does "
             "not know; remove it if the model computes the same without it"
