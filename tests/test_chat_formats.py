@@ -481,6 +481,10 @@ def test_thinking_and_tools(tokenizer: Any) -> None:
     assert text.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "add"}}')
     assert '⟦<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>⟧\n' in text
     assert text.endswith("assistant\n⟦<think>\n1+1\n</think>\n\n2<|im_end|>⟧\n")
+    conversation = read(messages, tools=tools)
+    assert Renderer(tokenizer, 1000, QWEN_3).left_out(conversation) == set()
+    assert Renderer(tokenizer, 1000, CHATML).left_out(conversation) == {"tools", "tool_calls"}
+    assert Renderer(tokenizer, 1000, CHATML).left_out(read([ASK, ANSWER])) == set()
     # The next question drops the reasoning, so that the text before it is no longer its beginning.
     longer = read([*messages, ASK, ANSWER], tools=tools)
     with pytest.raises(ValueError, match=r"turn 4: the chat template writes .*last_assistant"):

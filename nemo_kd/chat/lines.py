@@ -79,7 +79,7 @@ def _check_record(record: dict[str, Any], data: DataConfig, renderer: Renderer |
         return _check_conversation(record) if data.chat else _check_fields(record, data)
     conversation, unread = read_conversation(record, data.format)
     renderer.check(conversation)
-    return unread
+    return unread | renderer.left_out(conversation)
 
 
 def _check_fields(record: dict[str, Any], data: DataConfig) -> set[str]:

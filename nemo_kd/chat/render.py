@@ -138,6 +138,19 @@ class Renderer:
         else:
             self._text(conversation)
 
+    def left_out(self, conversation: Conversation) -> set[str]:
+        """Of `tools` and `tool_calls`, what a conversation has and the template does not write."""
+        calls = [{**each, "tool_calls": None} for each in conversation.messages]
+        parts = {"tools": conversation._replace(tools=None)} if conversation.tools else {}
+        if any(each.get("tool_calls") for each in conversation.messages):
+            parts["tool_calls"] = conversation._replace(messages=calls)
+        num_turns = len(conversation.messages)
+        return {
+            name
+            for name, without in parts.items()
+            if self._render(without, num_turns) == self._render(conversation, num_turns)
+        }
+
     def _text(self, conversation: Conversation) -> _Text:
         """The text and the learnt spans, by rendering what stands before and after each turn."""
         if not conversation.messages:
