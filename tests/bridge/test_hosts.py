@@ -274,7 +274,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "another type": (["+model.attention_backend=none"], "model.attention_backend: expected a val"),
     "a key of no section": (["+model.recompute=full"], "is no key of GPTModelProvider"),
-    "another section": (["+peft.dim=8"], "peft is a key that nothing reads"),
+    "another section": (["+ema.dim=8"], "ema is a key that nothing reads"),
     "a misspelt key": (["train.train_iter=5"], "train_iter"),
     "nothing is kept": (["checkpoint.save=null"], "expected save_hf=DIRECTORY or checkpoint.save"),
     "no checkpoint": (["checkpoint.load=nowhere"], "checkpoint.load: expected a directory"),
