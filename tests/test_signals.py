@@ -34,7 +34,7 @@ DUMP = [
     "nemo_kd.nemo.dump:read_model_config",
     "nemo_kd.nemo.dump:prepare_accelerator",
     "nemo_kd.nemo.dump:initialize_model_parallel",
-    "nemo_kd.teacher.plan:check_lines",
+    "nemo_kd.teacher.plan:check_files",
     "nemo_kd.nemo.dump:fingerprint_teacher",
     "nemo_kd.nemo.dump:MegatronGPTSFTModel.restore_from",
     "nemo_kd.nemo.dump:build_samples",
