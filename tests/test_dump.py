@@ -265,7 +265,7 @@ BAD = {
     "misspelt key with +": (["+data.max_seq_lenght=4"], "did you mean data.max_seq_length?"),
     "longer than the teacher's": (["data.max_seq_length=129"], "at most the model's 128 positions"),
     "wrong type": (["selection.k=many"], "selection.k: expected int, got 'many'"),
-    "processes that do not divide": (["teacher.tensor_model_parallel_size=3"], "got 1"),
+    "processes that do not divide": (["teacher.tensor_model_parallel_size=2"], "got 1"),
 }
 
 
