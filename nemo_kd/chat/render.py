@@ -61,6 +61,12 @@ def template_of(tokenizer: Any, path: str | None) -> str:
     return str(template)
 
 
+def begin_token(tokenizer: Any) -> str | None:
+    """The token that a Hugging Face tokenizer puts before each text; a host puts none there."""
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if begins else None
+
+
 class Renderer:
     """Makes samples of conversations.
 
@@ -103,8 +109,7 @@ class Renderer:
         self._marks_itself = template is not None and _GENERATION.search(template) is not None
         added = tokenizer.added_tokens_decoder
         self._special = {i for i, token in added.items() if token.special}
-        begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        self._begin = tokenizer.bos_token if begins else ""
+        self._begin = begin_token(tokenizer) or ""
 
     @property
     def fingerprint(self) -> str:
@@ -140,16 +145,15 @@ class Renderer:
 
     def left_out(self, conversation: Conversation) -> set[str]:
         """Of `tools` and `tool_calls`, what a conversation has and the template does not write."""
-        calls = [{**each, "tool_calls": None} for each in conversation.messages]
+        messages = conversation.messages
         parts = {"tools": conversation._replace(tools=None)} if conversation.tools else {}
-        if any(each.get("tool_calls") for each in conversation.messages):
-            parts["tool_calls"] = conversation._replace(messages=calls)
-        num_turns = len(conversation.messages)
-        return {
-            name
-            for name, without in parts.items()
-            if self._render(without, num_turns) == self._render(conversation, num_turns)
-        }
+        if any(each.get("tool_calls") for each in messages):
+            without_calls = [{**each, "tool_calls": None} for each in messages]
+            parts["tool_calls"] = conversation._replace(messages=without_calls)
+        if not parts:
+            return set()
+        whole = self._render(conversation, len(messages))
+        return {n for n, without in parts.items() if self._render(without, len(messages)) == whole}
 
     def _text(self, conversation: Conversation) -> _Text:
         """The text and the learnt spans, by rendering what stands before and after each turn."""

@@ -18,7 +18,7 @@ from nemo_kd.cache import SourceFile
 from nemo_kd.cache.manifest import fingerprint_file
 from nemo_kd.chat.files import as_jsonl, format_of, require
 from nemo_kd.chat.formats import read_conversation
-from nemo_kd.chat.render import Renderer, template_of
+from nemo_kd.chat.render import Renderer, begin_token, template_of
 from nemo_kd.config import DataConfig
 from nemo_kd.process import say
 
@@ -202,12 +202,6 @@ class RenderedSamples:
             "metadata": {},
             "is_truncated": sample.is_truncated,
         }
-
-
-def begin_token(tokenizer: Any) -> str | None:
-    """The token that a Hugging Face tokenizer puts before each text; a host puts none there."""
-    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token if begins else None
 
 
 def warn_of_missing_begin(tokenizer: Any, datasets: list[Any]) -> None:

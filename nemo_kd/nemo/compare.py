@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,19 +18,20 @@ from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from nemo_kd.cache import TopKCache
+from nemo_kd.cache import SourceFile, TopKCache
 from nemo_kd.cache.manifest import tokenizer_fingerprint
-from nemo_kd.chat import Renderer, as_jsonl
+from nemo_kd.chat import as_jsonl
 from nemo_kd.chat.lines import check_lines
 from nemo_kd.chat.samples import (
     cut_sample,
+    datasets_of,
     fingerprint_source,
     renderer_of,
     with_found_format,
 )
 from nemo_kd.config import DataConfig, read_settings
 from nemo_kd.nemo.nemo_file import read_tokenizer
-from nemo_kd.nemo.sources import rendered_dataset
+from nemo_kd.nemo.rendered import RenderedDataset
 
 
 def differences(
@@ -50,8 +52,9 @@ def differences(
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
         yield f"{tokenizer_path}: another tokenizer than the one that the cache was made with"
         return
+    sources = [fingerprint_source(file) for file in files]
     for number, file in enumerate(files):
-        if fingerprint_source(file) not in manifest.sources[number : number + 1]:
+        if sources[number] not in manifest.sources[number : number + 1]:
             yield f"{file}: not the file that was number {number} of the dump's sources"
     settings = dict(manifest.dataset)
     template_fingerprint = settings.pop("chat_template_xxh3", None)
@@ -65,7 +68,7 @@ def differences(
         return
     # NeMo trusts an index that it finds. In a directory of its own it finds none.
     with TemporaryDirectory() as index_dir:
-        samples = _samples(data, tokenizer, renderer, index_dir)
+        samples = _samples(data, tokenizer, sources, index_dir)
         if len(samples) != len(cache):
             yield f"{cache.path}: {len(cache)} samples, in the source files {len(samples)}"
         for number in tqdm(range(min(len(samples), len(cache))), unit=" samples", disable=None):
@@ -104,7 +107,7 @@ def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tupl
     renderer = renderer_of(data, tokenizer)
     with TemporaryDirectory() as index_dir:
         check_lines(as_jsonl(path, index_dir), data, renderer)
-        samples = _samples(data, tokenizer, renderer, index_dir)
+        samples = _samples(data, tokenizer, [fingerprint_source(path)], index_dir)
         for number in range(len(samples)):
             yield cut_sample(samples[number], samples.datasets[0])
 
@@ -117,23 +120,9 @@ def token_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 
 
 def _samples(
-    data: DataConfig, tokenizer: Any, renderer: Renderer | None, index_dir: str
+    data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile], index_dir: str
 ) -> ConcatDataset[Any]:
     """The samples of all files, as the dump builds them."""
-    files = [as_jsonl(file, index_dir) for file in data.file_names]
-    if renderer is not None:
-        return ConcatDataset(
-            rendered_dataset(file, tokenizer, renderer, data, index_dir, multiple=16)
-            for file in files
-        )
-    kind = GPTSFTChatDataset if data.chat else GPTSFTDataset
-    return ConcatDataset(
-        kind(
-            file,
-            tokenizer,
-            special_tokens=data.chat_prompt_tokens,
-            index_mapping_dir=index_dir,
-            **data.host_settings,
-        )
-        for file in files
-    )
+    classes = (GPTSFTDataset, GPTSFTChatDataset, RenderedDataset)
+    own = replace(data, index_mapping_dir=index_dir)
+    return ConcatDataset(datasets_of(own, tokenizer, sources, classes))

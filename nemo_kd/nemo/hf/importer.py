@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from nemo_kd.chat.samples import begin_token
+from nemo_kd.chat.render import begin_token
 from nemo_kd.config import refuse_unknown_keys
 from nemo_kd.nemo import cpu_backend
 from nemo_kd.nemo.console import quiet_host
