@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from nemo_kd.config import DistillationConfig
 from nemo_kd.student.model_loss import MicroBatch, ModelLoss
 from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
-from nemo_kd.student.terms import of_each_set
+from nemo_kd.student.terms import of_each_set, share_of_weight
 
 
 class KDForwardStep:
@@ -39,6 +40,7 @@ class KDForwardStep:
         self.loss = ModelLoss(distillation)
         self.models: list[Any] = []  # of this rank, not wrapped
         self.state: GlobalState | None = None  # Bridge's, once the training has begun
+        self._shares: dict[int, Tensor] = {}  # of the step at hand: see _share
 
     def install(self, models: list[Any]) -> list[Any]:
         """A pre-wrap hook of the provider: puts the loss where the last stage has the logits."""
@@ -76,10 +78,24 @@ class KDForwardStep:
         )
         # All samples of a micro batch are of one validation set; a training batch has no number.
         number = int(whole["set_index"][0]) if "set_index" in whole else None
-        return output, partial(self._reduce, batch.get("loss_mask"), number)
+        shares = is_last and number is None and not state.cfg.model.calculate_per_token_loss
+        share = self._share(state.train_state.step, whole, groups.dp_cp) if shares else 1.0
+        return output, partial(self._reduce, batch.get("loss_mask"), number, share)
+
+    def _share(self, step: int, whole: Any, replicas: Any) -> Tensor:
+        """What a mean of a micro batch is multiplied by, if all micro batches weigh alike.
+
+        Bridge divides their sum by their number in all replicas, here by the number of those with a
+        supervised token: the others weigh nothing. A collective of the replicas, once a step.
+        """
+        if step not in self._shares:
+            counts = whole["whole_batch"]["num_supervised"].cuda()
+            num, kind = get_num_microbatches(), "micro_batch"
+            self._shares = {step: share_of_weight(counts, num, kind, replicas)}
+        return self._shares[step]
 
     def _reduce(
-        self, loss_mask: Any, set_number: int | None, losses: Tensor
+        self, loss_mask: Any, set_number: int | None, share: Tensor | float, losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss's sum over the supervised tokens, their number, and `[sum, number]` of terms.
 
@@ -95,4 +111,4 @@ class KDForwardStep:
         report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
         if set_number is not None:
             report = of_each_set(report, set_number, self.set_names, self.num_with_rows)
-        return loss, num_tokens.to(torch.int), report
+        return loss * share, num_tokens.to(torch.int), report

@@ -11,7 +11,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.bridge import cpu_backend
-from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
 from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
@@ -19,7 +18,7 @@ from nemo_kd.process import check_installed, check_new_directory, exit_stopped, 
 from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.student.fit import check_there
-from nemo_kd.student.run_record import check_record, renew_optimizer, settings_of, write_record
+from nemo_kd.student.run_record import keep_record, renew_optimizer
 from nemo_kd.values import set_fields
 from nemo_kd.yaml_rules import check_yaml_values
 
@@ -68,7 +67,9 @@ def train_kd_sft(config: DictConfig) -> None:
 
         lora = set_fields(LoRA(), config.peft, "peft", ("peft_scheme",))
         provider.register_pre_wrap_hook(partial(add_adapters, container, lora))
-    on_rank_zero(lambda: _record(config, checkpoint_exists(container.checkpoint.load)))
+    own: Any = OmegaConf.to_container(config, resolve=True)
+    loads, files = container.checkpoint.load, hf_files(config.model.hf_path)
+    on_rank_zero(lambda: keep_record(own, files, resumes=checkpoint_exists(loads)))
     step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
     provider.register_pre_wrap_hook(step.install, prepend=True)  # before the weights are read
     try:
@@ -80,23 +81,6 @@ def train_kd_sft(config: DictConfig) -> None:
             message = f"stopped by SIGTERM; the same command {advice}"
             exit_stopped(message if rank() == 0 else None)
         raise
-
-
-def _record(config: DictConfig, resumes: bool) -> None:
-    """Keep beside the checkpoints what the run trains. Called on rank 0 only.
-
-    Raises:
-        ValueError: The checkpoint to resume from is of a run with other settings.
-    """
-    if config.train.train_iters == 0:  # validates alone
-        return
-    own: Any = OmegaConf.to_container(config, resolve=True)
-    settings = settings_of(own, fingerprint_model(hf_files(config.model.hf_path)))
-    directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
-    if resumes and not own["resume_changed"]:
-        check_record(Path(loaded or directory), settings, "", "Give it another checkpoint.save")
-    if directory is not None:
-        write_record(Path(directory), settings)
 
 
 def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:

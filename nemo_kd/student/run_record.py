@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.cache import TopKCache
+from nemo_kd.cache.manifest import fingerprint_model
 
 _NAME = "settings.json"
 # Keys of `knowledge_distillation` that decide how the loss is computed, not what it is.
@@ -49,6 +50,27 @@ def settings_of(config: dict[str, Any], student: str) -> dict[str, Any]:
         "scheduler": scheduler | decay,
         "peft": config["peft"] if config["peft"]["peft_scheme"] else {},
     }
+
+
+def keep_record(config: dict[str, Any], student_files: Iterable[Path], resumes: bool) -> None:
+    """Keep beside the checkpoints what a run trains. Call it on rank 0 only.
+
+    Args:
+        config: As of `settings_of`; `checkpoint` and `resume_changed` are read of it as well.
+        student_files: The student as the run found it.
+        resumes: Whether there is a checkpoint to resume from.
+
+    Raises:
+        ValueError: The checkpoint to resume from is of a run with other settings.
+    """
+    if config["train"]["train_iters"] == 0:  # validates alone
+        return
+    settings = settings_of(config, fingerprint_model(student_files))
+    directory, loaded = config["checkpoint"]["save"], config["checkpoint"]["load"]
+    if resumes and not config["resume_changed"]:
+        check_record(Path(loaded or directory), settings, "", "Give it another checkpoint.save")
+    if directory is not None:
+        write_record(Path(directory), settings)
 
 
 def check_record(directory: Path, settings: dict[str, Any], above: str, remedy: str) -> None:

@@ -31,10 +31,19 @@ class Blend(Dataset[Any]):
         self.datasets = [
             make(path, max_num_samples=count) for path, count in zip(paths, counts, strict=True)
         ]
-        self.collate_fn = self.datasets[0].collate_fn
 
     def __len__(self) -> int:
         return len(self._cache_of)
+
+    def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """A replica's whole global batch, which a host then cuts into micro batches.
+
+        Each of these has `whole_batch`, a dictionary, which is not cut: the supervised tokens of
+        every sample of the whole, [B].
+        """
+        collated: dict[str, Any] = self.datasets[0].collate_fn(batch)
+        num_supervised = collated["loss_mask"].count_nonzero(dim=1)
+        return collated | {"whole_batch": {"num_supervised": num_supervised}}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         dataset = self.datasets[self._cache_of[index]]
