@@ -63,9 +63,11 @@ def train_kd_sft(config: DictConfig) -> None:
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
     if config.peft.peft_scheme is not None:
-        from nemo_kd.bridge.lora import LoRA, add_adapters
+        from nemo_kd.bridge.lora import LoRA, add_adapters, check_output_layer
 
         lora = set_fields(LoRA(), config.peft, "peft", ("peft_scheme",))
+        tied = provider.share_embeddings_and_output_weights
+        check_output_layer(lora, tied, distillation.fuse_output_layer)
         provider.register_pre_wrap_hook(partial(add_adapters, container, lora))
     own: Any = OmegaConf.to_container(config, resolve=True)
     loads, files = container.checkpoint.load, hf_files(config.model.hf_path)
