@@ -1,11 +1,11 @@
-"""What a step's loss is: how micro batches weigh in it."""
+"""What a step's loss is: Bridge's own without KD, and how micro batches weigh in it."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hosts import write_half
-from runs import run_example
+from hosts import STEPS, write_half
+from runs import run_example, scalars
 from test_hosts import (
     TRAIN,
     cache,  # noqa: F401
@@ -14,6 +14,38 @@ from test_hosts import (
 )
 
 from nemo_kd.cache import TopKCache
+
+OWN_SFT = Path(__file__).parent / "own_sft.py"
+
+
+@pytest.mark.parametrize("per_token", ["true", "false"])
+def test_without_kd_the_run_is_bridges_own_sft(
+    per_token: str,
+    cache: Path,  # noqa: F811
+    wide_llamas: dict[str, Path],
+    jsonl: Path,
+    tmp_path: Path,
+) -> None:
+    """The loss and the gradient norm of each step, over the same samples in two micro batches."""
+    found = []
+    for script in (OWN_SFT, jsonl), (TRAIN,):
+        logs = tmp_path / str(len(found))
+        run_example(
+            *script,
+            *train_arguments(wide_llamas["tied"], cache, logs, "train.micro_batch_size=2"),
+            f"model.calculate_per_token_loss={per_token}",
+            "knowledge_distillation.kd_loss_weight=0",
+            "knowledge_distillation.sft_loss_weight=1",
+            "dataset.validation_caches=[]",
+            "optimizer.lr=1e-4",  # rounding grows with each update
+        )
+        found.append(scalars(logs))
+    own, ours = found
+    assert "kd_loss" in ours
+    assert "kd_loss" not in own
+    for name in "lm loss", "grad-norm":
+        assert len(own[name]) == STEPS
+        np.testing.assert_allclose(ours[name], own[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("fused", ["false", "true"])
