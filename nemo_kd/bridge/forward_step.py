@@ -11,12 +11,13 @@ from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig
 from nemo_kd.student.model_loss import MicroBatch, ModelLoss
+from nemo_kd.student.packing import PACK_KEYS, attention_of_packs
 from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
+from nemo_kd.student.slices import part_of_packs, part_of_sequence
 from nemo_kd.student.terms import of_each_set, share_of_weight
 
 
@@ -65,8 +66,15 @@ class KDForwardStep:
         if has_rows:
             moved = {name: batch.pop(name) for name in ROW_KEYS}
             batch |= scatter_rows(moved, batch["labels"].shape[1])
-        if groups.cp.size() > 1:
-            batch = get_batch_on_this_cp_rank(batch, cp_group=groups.cp)
+        more, is_packed = {}, PACK_KEYS[0] in whole
+        if is_packed:  # on every pipeline stage
+            device = torch.device(torch.cuda.current_device())
+            more["packed_seq_params"] = attention_of_packs(whole, device)
+        if groups.cp.size() > 1 and is_packed:
+            bounds = whole[PACK_KEYS[0]][0]
+            batch = part_of_packs(batch, bounds, groups.cp.size(), groups.cp.rank())
+        elif groups.cp.size() > 1:
+            batch = part_of_sequence(batch, groups.cp)
         self.loss.config = self.distillation.at(state.train_state.step)
         rows = {name: batch[name] for name in TEACHER_ROWS if has_rows}
         self.loss.micro_batch = MicroBatch(rows, loss_mask=batch.get("loss_mask"))
@@ -75,6 +83,7 @@ class KDForwardStep:
             position_ids=batch.get("position_ids"),
             attention_mask=None,
             labels=batch.get("labels"),
+            **more,
         )
         # All samples of a micro batch are of one validation set; a training batch has no number.
         number = int(whole["set_index"][0]) if "set_index" in whole else None

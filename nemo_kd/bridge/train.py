@@ -149,6 +149,11 @@ def check_settings(config: DictConfig) -> DistillationConfig:
             "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
             "1, got false: a rank may have no supervised token of a micro batch"
         )
+    if config.dataset.packed_sequence and config.train.micro_batch_size != 1:
+        raise ValueError(
+            "expected train.micro_batch_size=1 with dataset.packed_sequence=true, a pack being "
+            f"several samples, got {config.train.micro_batch_size}"
+        )
     if not (config.save_hf or config.checkpoint.save or config.train.train_iters == 0):
         raise ValueError(
             "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "

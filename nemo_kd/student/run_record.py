@@ -40,7 +40,7 @@ def settings_of(config: dict[str, Any], student: str) -> dict[str, Any]:
     scheduler = config["scheduler"]
     decay = {"lr_decay_iters": scheduler["lr_decay_iters"] or iterations}
     shape = {key: model[key] for key in ("seq_length", "calculate_per_token_loss")}
-    order = {key: dataset[key] for key in ("weights", "seed")}
+    order = {key: dataset[key] for key in ("weights", "seed", "packed_sequence")}
     return {
         "knowledge_distillation": objective_of(config["knowledge_distillation"]),
         "model": {"hf_path": student, **shape},

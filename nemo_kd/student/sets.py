@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets import helpers_cpp
 from torch.utils.data import Dataset
+
+
+@dataclass(kw_only=True)
+class SetNames:
+    """The sets of a run: caches to train on, and caches and files to validate on."""
+
+    train_caches: list[str]
+    validation_caches: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    names: list[str] | None = None
+    weights: list[float] | None = None
+
+    def check(self) -> None:
+        """Raise a ValueError if there are too few names or weights, or two names are equal."""
+        sets = [*self.validation_caches, *self.validation_files]
+        for key, paths in ("names", sets), ("weights", self.train_caches):
+            given = getattr(self, key)
+            if given is not None and len(given) != len(paths):
+                raise ValueError(
+                    f"dataset.{key}: expected one for each of {len(paths)} sets, got {len(given)}"
+                )
+        if len(set(self.set_names)) < len(self.set_names):
+            raise ValueError(f"dataset.names: expected distinct names, got {self.set_names}")
+
+    @property
+    def set_names(self) -> list[str]:
+        """Of the validation sets, as the logs have them."""
+        sets = (*self.validation_caches, *self.validation_files)
+        return self.names or [Path(path).name for path in sets]
 
 
 class Blend(Dataset[Any]):
