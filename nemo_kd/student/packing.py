@@ -159,9 +159,11 @@ def bounds_of_packs(batch: list[dict[str, Any]], length: int) -> dict[str, Tenso
     bounds, ends = [], []
     for item in batch:
         each = [end - 1 - start for start, end in pairwise(item["seq_boundaries"])]
-        filling = length - sum(each)
-        bounds.append([0, *accumulate([*each, *([filling] if filling else [])])])
-        ends.append([0, *accumulate([*item["num_tokens"], *([0] if filling else [])])])
+        filling = [length - sum(each)] if sum(each) < length else []
+        # Where no sample is padded, what fills the pack up is one more sequence, as in the host.
+        closing = filling if each == item["num_tokens"] else [0] * len(filling)
+        bounds.append([0, *accumulate(each + filling)])
+        ends.append([0, *accumulate(item["num_tokens"] + closing)])
     width = max(map(len, bounds))
     filled = ([[*own, *[-1] * (width - len(own))] for own in rows] for rows in (bounds, ends))
     return {
