@@ -32,14 +32,17 @@ from nemo_kd.student.packing import PackedCacheSamples, bounds_of_packs
 from nemo_kd.student.sets import Blend, SetNames, Sets
 
 try:
-    from megatron.bridge.data.datasets import sft
-    from megatron.bridge.data.datasets.sft import GPTSFTPackedDataset
-except ImportError:  # as Bridge 0.6 names them
-    from megatron.bridge.data.datasets import gpt_sft as sft
+    from megatron.bridge.data.datasets.sft import (
+        GPTSFTChatDataset,
+        GPTSFTDataset,
+        GPTSFTPackedDataset,
+    )
+except ModuleNotFoundError:  # as Bridge 0.6 names them
+    from megatron.bridge.data.datasets.gpt_sft import GPTSFTChatDataset, GPTSFTDataset
     from megatron.bridge.data.packing.gpt_sft import GPTSFTPackedDataset
 
 
-class GPTSFTKDDataset(CacheSamples, sft.GPTSFTDataset):
+class GPTSFTKDDataset(CacheSamples, GPTSFTDataset):
     """Bridge's SFT dataset over a cache directory: see CacheSamples."""
 
     sample_mapping_class = _OnlineSampleMapping
@@ -55,7 +58,7 @@ class GPTSFTKDPackedDataset(PackedCacheSamples, GPTSFTPackedDataset):
         return processed | bounds_of_packs(batch, processed["tokens"].shape[1])
 
 
-class ChatDataset(sft.GPTSFTChatDataset):
+class ChatDataset(GPTSFTChatDataset):
     """Bridge's chat dataset, which takes all tokens of a sample that it must cut as supervised."""
 
     def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
@@ -148,5 +151,5 @@ def file_datasets(
 ) -> list[Any]:
     """Each file of `data` as a dataset, whose batches' lengths are padded to `multiple`."""
     settings = {"pad_seq_length_to_mult": multiple, "get_attention_mask_from_fusion": True}
-    classes = (sft.GPTSFTDataset, ChatDataset, RenderedDataset)
+    classes = (GPTSFTDataset, ChatDataset, RenderedDataset)
     return datasets_of(data, tokenizer, sources, classes, **settings)
