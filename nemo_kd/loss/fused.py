@@ -82,7 +82,7 @@ class FusedLoss(torch.autograd.Function):
 
 
 def _fresh_like(logits: Tensor) -> Tensor:
-    """Memory for the gradient; on Linux a large one on a CPU is in huge pages.
+    """torch.empty_like for the gradient; on Linux a large one on a CPU is in huge pages.
 
     The first touch of its small pages would take as long as all the rest of forward and backward.
     """
@@ -92,7 +92,8 @@ def _fresh_like(logits: Tensor) -> Tensor:
     memory = mmap.mmap(-1, logits.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=logits.dtype).view(logits.shape)
+    strides = torch.empty_like(logits, device="meta").stride()
+    return torch.frombuffer(memory, dtype=logits.dtype).as_strided(logits.shape, strides)
 
 
 def measure(engine: Any, logits: Tensor, classes: Classes) -> Local:
