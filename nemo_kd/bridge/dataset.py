@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
+from megatron.bridge.data.samplers import MegatronPretrainingBatchSampler
 from megatron.bridge.training.config import DatasetProvider
 from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
 from megatron.core import parallel_state
@@ -99,6 +101,7 @@ class KDCaches(SetNames, DatasetProvider):
         return with_found_format(replace(self.data, file_names=(path,)), says)
 
     def build_datasets(self, context: Any) -> tuple[Any, Any, None]:
+        _keep_order()
         tokenizer = Tokenizer(context.tokenizer)
         settings = {
             "tokenizer": tokenizer,
@@ -123,6 +126,13 @@ class KDCaches(SetNames, DatasetProvider):
             sets += file_datasets(self.data_of(path), tokenizer, sources, multiple)
         warn_of_missing_begin(tokenizer, [*train.datasets, *sets])
         return train, Sets(sets, self.global_batch_size) if sets else None, None
+
+
+def _keep_order() -> None:
+    """Bridge 0.6 would shuffle what has its order already, that of the other host."""
+    start = MegatronPretrainingBatchSampler.__init__
+    if "shuffle" in inspect.signature(start).parameters:
+        MegatronPretrainingBatchSampler.__init__ = partialmethod(start, shuffle=False)
 
 
 def check_sets(dataset: KDCaches, hf_path: str) -> int:

@@ -15,7 +15,7 @@ from nemo_kd.layout import check_expert_training
 from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
-from nemo_kd.student.run_record import keep_record, renew_optimizer
+from nemo_kd.student.run_record import find_groups_by_kind, keep_record, renew_optimizer
 from nemo_kd.student.settings import check_settings
 from nemo_kd.values import set_fields
 
@@ -143,6 +143,7 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     )
     if config.resume_changed:
         container.scheduler.override_opt_param_scheduler = True
+        find_groups_by_kind()
     # Bridge leaves them null, and then multiplies null.
     for name in "start_weight_decay", "end_weight_decay":
         if getattr(container.scheduler, name) is None:

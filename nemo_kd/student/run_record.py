@@ -133,6 +133,18 @@ def renew_optimizer(param_groups: Iterable[dict[str, Any]], settings: Any) -> No
         group.update({key: value for key, value in new.items() if key in group})
 
 
+def find_groups_by_kind() -> None:
+    """Let an optimizer take the parameter groups of a checkpoint whose learning rate is another.
+
+    Megatron Core 0.19 looks for a group also by its learning rates and its weight decay.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    kinds = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+    for module in (optimizer, distrib_optimizer):
+        module.param_group_identifier_keys = kinds
+
+
 def _as_stored(settings: dict[str, Any]) -> dict[str, Any]:
     stored: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
     return stored
