@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, partialmethod
+from pathlib import Path
 from typing import Any
 
 from megatron.bridge.data.datasets.utils import _OnlineSampleMapping
@@ -145,7 +146,7 @@ def check_sets(dataset: KDCaches, hf_path: str) -> int:
         ValueError: One does not fit.
     """
     dataset.check()
-    tokenizer = Tokenizer(build_tokenizer(tokenizer_config(hf_path)))
+    tokenizer = read_tokenizer(Path(hf_path), "model.hf_path")
     rest = (dataset.objective, tokenizer, dataset.seq_length)
     check_caches(dataset.train_caches, *rest)
     sizes = check_caches(dataset.validation_caches, *rest)
@@ -156,8 +157,15 @@ def check_sets(dataset: KDCaches, hf_path: str) -> int:
     return sum(math.ceil(size / dataset.global_batch_size) for size in sizes)
 
 
+def read_tokenizer(path: Path, key: str) -> Tokenizer:
+    """The tokenizer in a Hugging Face directory; `key` named it, for the ValueError."""
+    if not any(path.glob("tokenizer*")):
+        raise ValueError(f"{key}: expected a Hugging Face directory, found no {path}/tokenizer*")
+    return Tokenizer(build_tokenizer(tokenizer_config(str(path))))
+
+
 def file_datasets(
-    data: DataConfig, tokenizer: Tokenizer, sources: Sequence[SourceFile], multiple: int
+    data: DataConfig, tokenizer: Tokenizer, sources: Sequence[SourceFile], multiple: int = 1
 ) -> list[Any]:
     """Each file of `data` as a dataset, whose batches' lengths are padded to `multiple`."""
     settings = {"pad_seq_length_to_mult": multiple, "get_attention_mask_from_fusion": True}

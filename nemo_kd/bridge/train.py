@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.bridge import cpu_backend
+from nemo_kd.bridge import console, cpu_backend
 from nemo_kd.config import DataConfig, DistillationConfig, read_settings
 from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
@@ -27,6 +27,7 @@ def train_kd_sft(config: DictConfig) -> None:
         ValueError: A setting, the student or a cache does not fit.
     """
     distillation = check_settings(config)
+    console.quiet_host()
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
