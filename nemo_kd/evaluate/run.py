@@ -134,7 +134,7 @@ def _check_room(student: Student, columns: list[Column], model: Any) -> None:
     """lm-evaluation-harness ends with an assertion if an answer fills the whole context."""
     for task in chain.from_iterable(column.leaves for column in columns):
         given = task.config.generation_kwargs or {}
-        num_tokens = given.get("max_gen_toks", model.max_gen_toks)
+        num_tokens = given.get("max_gen_toks", 256)  # lm-evaluation-harness's default
         if task.OUTPUT_TYPE == "generate_until" and num_tokens >= model.max_length:
             raise ValueError(
                 f"students.{student.name}: expected a model that takes over {num_tokens} tokens, "

@@ -33,6 +33,8 @@ class Student:
             raise ValueError(f"expected a name of letters, digits and . _ + -, got {self.name}")
         if type(self.steps) not in (int, type(None)):
             raise ValueError(f"steps: expected an integer, got {self.steps!r}")
+        if self.server is None and (self.model or self.tokenizer):
+            raise ValueError("model and tokenizer are keys of a student with server")
         if self.server is None:
             _check_directory(self.hf_path, "hf_path", "config.json")
         elif not re.match(r"https?://", self.server) or not self.model or self.hf_path:
