@@ -346,11 +346,11 @@ def test_a_wrong_task_is_one_line(data_dir: Path, tmp_path: Path) -> None:
         ("gsm8K", "got gsm8K; did you mean gsm8k"),
         ("math_word_problems", "expected a task or group"),
         ("gsm8k@five", "TASK@SHOTS such as mmlu@5"),
-        ("gsm8k", r"gsm8k: expected .*gsm8k/main/test.jsonl or .parquet, found train"),
+        ("gsm8k", r"gsm8k: expected .*gsm8k/main/test.jsonl or .parquet, found train.jsonl"),
     ):
         with pytest.raises(ValueError, match=expected):
             _build(manager, key)
-    test = train.with_name("test.parquet")
+    test = train.with_name("test-00000-of-00001.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"question": ["?"], "answer": ["#### 1"]}), test)
     with pytest.raises(ValueError, match=r"expected 5 worked examples, found 1 .*gsm8k@1"):
         _build(manager, "gsm8k")

