@@ -1,9 +1,7 @@
 """The command nemo-kd.
 
-`dump`, `train`, `import-hf` and `export-hf` call the same functions as the scripts in examples/,
-with the same keys; `dump --host bridge` and `train --host bridge` those of examples/bridge/.
-`inspect`, `verify` and `import` are about a cache; `show` is about a cache or
-a file of SFT data.
+The commands of RUNS call the same functions as the scripts in examples/, with the same keys; with
+`--host bridge` those of examples/bridge/. The others are about a cache, `show` also about SFT data.
 """
 
 from __future__ import annotations
@@ -35,7 +33,9 @@ RUNS = {
     "train": ("train_kd_sft", "train", "train a student on a cache"),
     "import-hf": ("import_hf_llama", "hf.importer", "turn a Hugging Face checkpoint into a .nemo"),
     "export-hf": ("export_hf_llama", "hf.exporter", "turn a .nemo into a Hugging Face checkpoint"),
+    "evaluate": ("evaluate", "evaluate.run", "judge students by tasks: MMLU, HumanEval, ..."),
 }
+NO_HOST = ("evaluate.run",)  # modules of nemo_kd itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --- dump, train, import-hf, export-hf
+# --- dump, train, import-hf, export-hf, evaluate
 
 
 def _run(command: str, overrides: list[str]) -> None:
@@ -107,11 +107,13 @@ def _run(command: str, overrides: list[str]) -> None:
 
 
 def _of_host(host: str, module: str) -> Any:
-    """A module of a host.
+    """A module of a host, or of none.
 
     Raises:
         ValueError: This environment has not got that host.
     """
+    if module in NO_HOST:
+        return importlib.import_module(f"nemo_kd.{module}")
     needed, make = {"nemo": ("nemo", "setup"), "bridge": ("megatron.bridge", "setup-bridge")}[host]
     if find_spec(needed) is None:
         raise ValueError(
