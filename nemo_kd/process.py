@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
 # The exit status of a run that SIGTERM stopped, as a shell reports it. The same command resumes it.
@@ -29,6 +29,7 @@ _READ = (
     *("source", "teacher.restore_from_path", "data.file_names", "model.restore_from_path"),
     *("model.data.train_ds.file_names", "model.data.validation_ds.file_names"),
     *("model.hf_path", "dataset.train_caches", "dataset.validation_caches"),
+    *("students", "data_dir", "include_path"),
 )
 _WRITTEN = (
     *("output", "cache.path", "save_to", "exp_manager.explicit_log_dir"),
@@ -54,6 +55,8 @@ def announce(config: Any) -> None:
         values = (OmegaConf.select(config, key) for key in keys)
         lists = (value if isinstance(value, ListConfig) else [value] for value in values)
         for name in chain.from_iterable(lists):
+            if isinstance(name, DictConfig):  # a student
+                name = name.get("hf_path") or name.get("server")
             if name and isinstance(name, str):
                 say(f"{title:6} {name}" + (_size(Path(name)) if title == "reads" else ""))
 

@@ -29,6 +29,9 @@ RUNS = {
         ("nemo", "bridge"),
     ),
     "train": Run("train_kd_sft", "train", "train a student on a cache", ("nemo", "bridge")),
+    "evaluate": Run(
+        "evaluate_students", "evaluate.run", "judge students by tasks: MMLU, HumanEval, MBPP, ..."
+    ),
     "import-hf": Run(
         "import_hf_llama",
         "hf.importer",

@@ -166,6 +166,18 @@ _RULES = {
         **dict.fromkeys(("source", "output"), TEXT),
         "keep_layers": either(list_of(whole(0)), NULL),
     },
+    "evaluate_students": {
+        "students": Rule(
+            "a list of students, or a YAML file with one",
+            lambda value: isinstance(value, list) or TEXT.holds(value),
+        ),
+        "tasks": TEXTS,
+        "output": TEXT,
+        **dict.fromkeys(("data_dir", "include_path"), _TEXT_OR_NULL),
+        **dict.fromkeys(("limit", "max_length"), either(whole(1), NULL)),
+        "device": one_of("gpu", "cpu"),
+        "dtype": one_of("auto", "bfloat16", "float16", "float32"),
+    },
     "export_hf_llama": {
         **dict.fromkeys(("source", "output"), TEXT),
         "dtype": either(one_of("bfloat16", "float16", "float32"), NULL),

@@ -67,7 +67,14 @@ def test_functions_and_files_are_short() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dump_teacher_topk", "train_kd_sft", "import_hf_llama", "export_hf_llama"]
+    "name",
+    [
+        "dump_teacher_topk",
+        "train_kd_sft",
+        "import_hf_llama",
+        "export_hf_llama",
+        "evaluate_students",
+    ],
 )
 def test_yaml_composes(name: str) -> None:
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
@@ -154,7 +161,14 @@ def test_only_hosts_read_megatrons_global_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dump_teacher_topk", "train_kd_sft", "import_hf_llama", "export_hf_llama"]
+    "name",
+    [
+        "dump_teacher_topk",
+        "train_kd_sft",
+        "import_hf_llama",
+        "export_hf_llama",
+        "evaluate_students",
+    ],
 )
 def test_an_example_is_thin(name: str) -> None:
     tree = ast.parse((ROOT / "examples" / f"{name}.py").read_text())
