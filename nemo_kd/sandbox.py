@@ -1,7 +1,9 @@
 """Runs a program that a model wrote: by itself, for a limited time and in limited memory.
 
-With `unshare` of Linux the program also has no network, sees no other process, and can write in an
-empty folder of its own alone. Where that is not allowed, one warning says so.
+With `unshare` of Linux the program also has no network, sees no other process, can write in an
+empty folder of its own alone, and has few processes. Where that is not allowed, one warning says
+so. This keeps broken and careless programs from doing damage; it is no defence against a determined
+attacker, who may read files or use faults of the kernel.
 """
 
 from __future__ import annotations
@@ -12,27 +14,57 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from nemo_kd.process import say
 
-# The root becomes read-only, and what programs usually write to becomes an empty disk in memory.
+# The first process of the namespaces. Every file system becomes read-only and every device closed,
+# but for an empty disk in memory to work in; /run has the sockets of daemons. mount(8) does this to
+# all file systems at once only from util-linux 2.39 on. The program has no right to undo any of it.
 _ALONE = """
-mount -o remount,bind,ro / && mount -t tmpfs -o size=64m tmpfs "$0" &&
-for place in /tmp /var/tmp /dev/shm; do
-  [ "$0" = "${0#$place/}" ] && mount -t tmpfs tmpfs $place
-done
-cd "$0" && exec "$@"
+import ctypes, os, subprocess, sys
+READ_ONLY, NO_DEVICES, BIND, RECURSIVE, MOUNT_SETATTR = 1, 4, 0x1000, 0x8000, 442
+libc, work = ctypes.CDLL(None, use_errno=True), sys.argv[1]
+def done(status):
+    if status:
+        sys.exit(os.strerror(ctypes.get_errno()))
+def mount(source, target, kind=None, flags=0):
+    done(libc.mount(source, os.fsencode(target), kind, flags, None))
+def change(path, flags, on, off):
+    wanted = (ctypes.c_uint64 * 4)(on, off, 0, 0)
+    done(libc.syscall(MOUNT_SETATTR, -100, path, flags, ctypes.byref(wanted), 32))
+devices = [b"/dev/null", b"/dev/zero", b"/dev/random", b"/dev/urandom"]
+for device in devices:
+    mount(device, device, None, BIND)
+mount(b"proc", "/proc", b"proc")
+if os.path.isdir("/run"):
+    mount(b"tmpfs", "/run", b"tmpfs")
+change(b"/", RECURSIVE, READ_ONLY | NO_DEVICES, 0)
+for device in devices:
+    change(device, 0, 0, NO_DEVICES)
+for place in filter(os.path.isdir, ("/dev/shm", work)):
+    done(libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", NO_DEVICES, b"size=64m"))
+os.chdir(work)
+without_rights = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
+sys.exit(subprocess.call([*without_rights, *sys.argv[2:]], close_fds=False))
 """
-_UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--mount")
-_UNSHARE_PROCESSES = ("--pid", "--fork", "--kill-child", "--mount-proc")
+_UNSHARE = (
+    *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--mount"),
+    *("--pid", "--fork", "--kill-child"),
+)
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_MOST_PROCESSES = 64  # RLIMIT_NPROC does not bind root
+_WATCH_S = 0.02
 # What was written proves that the program came to its end: sys.exit(0) and os._exit(0) do not.
 _RUN = """
 import os, resource, sys
 token, program = sys.stdin.buffer.read(32), sys.stdin.buffer.read()
 memory, end = int(sys.argv[1]), int(sys.argv[2])
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 for limit, value in (("AS", memory), ("FSIZE", 1 << 26), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (value, value))
 sys.argv = ["program.py"]
@@ -54,7 +86,7 @@ def run_untrusted(code: str, *, time_limit_s: float = 10, memory_limit_mb: int =
     Args:
         code: The program, its tests included.
         time_limit_s: Wall-clock time for all of it, the start of Python included.
-        memory_limit_mb: Of address space.
+        memory_limit_mb: Of address space of each process, and of memory of all.
     """
     return _run(code, time_limit_s, memory_limit_mb, _can_be_alone())
 
@@ -74,19 +106,22 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int, alone: bool) -> O
     token, (seen, end) = secrets.token_hex(16).encode(), os.pipe()
     with (
         tempfile.TemporaryDirectory() as directory,
+        tempfile.TemporaryFile() as program,
         tempfile.TemporaryFile() as errors,  # not a pipe: a program may write without end
         open(seen, "rb") as reached,
     ):
+        program.write(token + code.encode(errors="replace"))
+        program.seek(0)
         python = [sys.executable, "-I", "-c", _RUN, str(memory_limit_mb << 20), str(end)]
-        shell = [*_UNSHARE, *_UNSHARE_PROCESSES, "sh", "-c", _ALONE, directory]
+        enclosed = [*_UNSHARE, sys.executable, "-I", "-S", "-c", _ALONE, directory, *python]
         try:
             process = subprocess.Popen(
-                [*shell, *python] if alone else python,
-                stdin=subprocess.PIPE,
+                enclosed if alone else python,
+                stdin=program,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 cwd=directory,
-                env={"PATH": os.environ.get("PATH", os.defpath), "OMP_NUM_THREADS": "1"},
+                env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": directory} | _ONE_THREAD,
                 pass_fds=(end,),
                 start_new_session=True,
             )
@@ -94,18 +129,66 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int, alone: bool) -> O
             return Outcome(False, str(error))
         finally:
             os.close(end)
-        reason = ""
         try:
-            process.communicate(token + code.encode(errors="replace"), time_limit_s)
-        except subprocess.TimeoutExpired:
-            reason = f"took over {time_limit_s} s"
+            reason = _watch(process, time_limit_s, memory_limit_mb if alone else None)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            _end(process, alone)
         os.set_blocking(reached.fileno(), False)
         if reached.read() == token:
             return Outcome(True, "")
         errors.seek(max(0, errors.tell() - 1000))
         last = errors.read().decode(errors="replace").strip().splitlines()
         return Outcome(False, reason or (last or ["ended before its end"])[-1])
+
+
+def _watch(
+    process: subprocess.Popen[bytes], time_limit_s: float, memory_limit_mb: int | None
+) -> str:
+    """Wait for a process, and return which limit it passed, if any.
+
+    With `memory_limit_mb` it is the first of its namespaces, and what it starts counts too.
+    """
+    end = time.monotonic() + time_limit_s
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_WATCH_S)
+            return ""
+        memory_mb = _memory_mb(process.pid) if memory_limit_mb else []
+        if len(memory_mb) > _MOST_PROCESSES:
+            return f"started over {_MOST_PROCESSES} processes"
+        if memory_limit_mb and sum(memory_mb) > memory_limit_mb:
+            return f"took over {memory_limit_mb} MiB"
+    return f"took over {time_limit_s} s"
+
+
+def _end(process: subprocess.Popen[bytes], alone: bool) -> None:
+    """Kill what still runs. The first process of a namespace ends after all others of it."""
+    for first in _children(process.pid) if alone and process.poll() is None else []:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.kill(first, signal.SIGKILL)
+            process.wait(5)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    return []
+
+
+def _memory_mb(pid: int) -> list[float]:
+    """Memory in MiB, without that of files, of each process in the namespaces that `pid` made."""
+    found: list[float] = []
+    with suppress(OSError, ValueError):
+        (first,) = _children(pid)
+        proc = Path(f"/proc/{first}/root/proc")  # that of the namespaces, once it is mounted
+        if not (proc / str(pid)).exists():
+            for entry in proc.iterdir():
+                if entry.name.isdigit():
+                    with suppress(OSError, ValueError):
+                        resident, shared = (entry / "statm").read_text().split()[1:3]
+                        pages = int(resident) - int(shared)
+                        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    return found

@@ -58,3 +58,43 @@ def test_nothing_is_left_running() -> None:
                 path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
             ]
             assert not any(mark.encode() in command for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os\nwhile True: os.fork()", "processes"),
+        (
+            "import os, time\nfor _ in range(8):\n  if os.fork() == 0:\n"
+            "    x = b'x' * (100 << 20); time.sleep(9)\ntime.sleep(9)",
+            "took over 512 MiB",
+        ),
+        (f"import os; os.kill({os.getpid()}, 9)", "No such process"),
+        ("open('/proc/sys/kernel/hostname', 'w')", "Read-only"),
+        ("import os; os.mknod('disk', 0o60666, os.makedev(8, 0))", "not permitted"),
+        (
+            "import subprocess; subprocess.run(['mount', '-o', 'remount,rw', '/'], check=True)",
+            "Err",
+        ),
+    ],
+    ids=["fork bomb", "memory of all", "parent", "settings", "device", "mount"],
+)
+def test_a_hostile_program_alone(code: str, reason: str) -> None:
+    if not _can_be_alone():
+        pytest.skip("this machine allows no namespaces")
+    outcome = run_untrusted(code, time_limit_s=5, memory_limit_mb=512)
+    assert not outcome.passed
+    assert reason in outcome.reason
+
+
+def test_every_file_system_is_read_only() -> None:
+    if not _can_be_alone():
+        pytest.skip("this machine allows no namespaces")
+    code = (
+        "places = [line.split() for line in open('/proc/self/mountinfo')]\n"
+        "import os\n"
+        "wrong = [p[4] for p in places if 'rw' in p[5].split(',')"
+        " and p[4] not in ('/dev/shm', os.getcwd())]\n"
+        "assert not wrong, wrong"
+    )
+    assert run_untrusted(code).reason == ""
