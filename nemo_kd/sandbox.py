@@ -1,8 +1,8 @@
 """Runs a program that a model wrote: by itself, for a limited time and in limited memory.
 
 With `unshare` of Linux the program also has no network, sees no other process, can write in an
-empty folder of its own alone, and has few processes. Where that is not allowed, one warning says
-so. This keeps broken and careless programs from doing damage; it is no defence against a determined
+empty folder of its own alone, and has few processes. Where that is not allowed, nothing is run.
+This keeps broken and careless programs from doing damage; it is no defence against a determined
 attacker, who may read files or use faults of the kernel.
 """
 
@@ -19,8 +19,6 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-
-from nemo_kd.process import say
 
 # The first process of the namespaces. Every file system becomes read-only and every device closed,
 # but for an empty disk in memory to work in; /run has the sockets of daemons. mount(8) does this to
@@ -87,22 +85,30 @@ def run_untrusted(code: str, *, time_limit_s: float = 10, memory_limit_mb: int =
         code: The program, its tests included.
         time_limit_s: Wall-clock time for all of it, the start of Python included.
         memory_limit_mb: Of address space of each process, and of memory of all.
+
+    Raises:
+        ValueError: This machine does not let a program be alone.
     """
-    return _run(code, time_limit_s, memory_limit_mb, _can_be_alone())
+    check_can_be_alone()
+    return _run(code, time_limit_s, memory_limit_mb)
 
 
 @cache
-def _can_be_alone() -> bool:
-    if _run("pass", 30, 1024, alone=True).passed:
-        return True
-    say(
-        "warning: this machine allows no namespaces (unshare), so that programs of a student are "
-        "limited in time and memory, but can read and write what you can; use a container"
-    )
-    return False
+def check_can_be_alone() -> None:
+    """Try once whether a program can have namespaces of its own, and raise a ValueError if not.
+
+    Without them a program of one line ends all processes of the user who runs it.
+    """
+    outcome = _run("pass", 30, 1024)
+    if not outcome.passed:
+        raise ValueError(
+            "this machine lets no program have namespaces of its own (unshare of Linux: "
+            f"{outcome.reason}), and programs that a model wrote are not run without. Run it outside "
+            "a container, or in one that allows unshare and mount, as docker run --privileged"
+        )
 
 
-def _run(code: str, time_limit_s: float, memory_limit_mb: int, alone: bool) -> Outcome:
+def _run(code: str, time_limit_s: float, memory_limit_mb: int) -> Outcome:
     token, (seen, end) = secrets.token_hex(16).encode(), os.pipe()
     with (
         tempfile.TemporaryDirectory() as directory,
@@ -116,7 +122,7 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int, alone: bool) -> O
         enclosed = [*_UNSHARE, sys.executable, "-I", "-S", "-c", _ALONE, directory, *python]
         try:
             process = subprocess.Popen(
-                enclosed if alone else python,
+                enclosed,
                 stdin=program,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
@@ -130,9 +136,9 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int, alone: bool) -> O
         finally:
             os.close(end)
         try:
-            reason = _watch(process, time_limit_s, memory_limit_mb if alone else None)
+            reason = _watch(process, time_limit_s, memory_limit_mb)
         finally:
-            _end(process, alone)
+            _end(process)
         os.set_blocking(reached.fileno(), False)
         if reached.read() == token:
             return Outcome(True, "")
@@ -141,29 +147,24 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int, alone: bool) -> O
         return Outcome(False, reason or (last or ["ended before its end"])[-1])
 
 
-def _watch(
-    process: subprocess.Popen[bytes], time_limit_s: float, memory_limit_mb: int | None
-) -> str:
-    """Wait for a process, and return which limit it passed, if any.
-
-    With `memory_limit_mb` it is the first of its namespaces, and what it starts counts too.
-    """
+def _watch(process: subprocess.Popen[bytes], time_limit_s: float, memory_limit_mb: int) -> str:
+    """Wait for the process that makes the namespaces; returns which limit was passed, if any."""
     end = time.monotonic() + time_limit_s
     while time.monotonic() < end:
         with suppress(subprocess.TimeoutExpired):
             process.wait(_WATCH_S)
             return ""
-        memory_mb = _memory_mb(process.pid) if memory_limit_mb else []
+        memory_mb = _memory_mb(process.pid)
         if len(memory_mb) > _MOST_PROCESSES:
             return f"started over {_MOST_PROCESSES} processes"
-        if memory_limit_mb and sum(memory_mb) > memory_limit_mb:
+        if sum(memory_mb) > memory_limit_mb:
             return f"took over {memory_limit_mb} MiB"
     return f"took over {time_limit_s} s"
 
 
-def _end(process: subprocess.Popen[bytes], alone: bool) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill what still runs. The first process of a namespace ends after all others of it."""
-    for first in _children(process.pid) if alone and process.poll() is None else []:
+    for first in _children(process.pid) if process.poll() is None else []:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.kill(first, signal.SIGKILL)
             process.wait(5)

@@ -28,6 +28,7 @@ from lm_eval.tasks._index import Kind
 
 from nemo_kd.evaluate.programs import SandboxedCodeEval
 from nemo_kd.evaluate.students import similar
+from nemo_kd.sandbox import check_can_be_alone
 
 _TITLES = {
     **{"mmlu": "MMLU", "humaneval": "HumanEval", "mbpp": "MBPP"},
@@ -127,6 +128,8 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
                 f"tasks: {config['task']} runs programs that a student writes; set "
                 "run_untrusted_code=true to run them in a sandbox, or leave the task out"
             )
+        if config.get("unsafe_code"):
+            check_can_be_alone()
         process = config.get("process_results")
         if getattr(process, "__module__", "") == "lm_eval.tasks.minerva_math.utils":
             # Its exact match asks sympy, which parses LaTeX with antlr 4.11 alone.
