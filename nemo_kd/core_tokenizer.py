@@ -17,7 +17,9 @@ class Tokenizer:
         return list(self._core._tokenizer.ids_to_tokens(ids))
 
     def text_to_ids(self, text: str) -> list[int]:
-        return list(self._core.tokenize(text))
+        # Core 0.19 would begin each piece of a sample with the begin token.
+        tokenizer = self.tokenizer
+        return list(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_core":  # not there yet: while it is unpickled

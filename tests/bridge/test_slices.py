@@ -1,5 +1,6 @@
 """Context parallelism: a rank's part of a batch, as each release of Megatron Core cuts it."""
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ def parts(rank: int, world_size: int, asks: bool) -> list[list[int]]:
 
     own = utils.get_batch_on_this_cp_rank
     asked: list[bool] = []
+    more = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(own).parameters else {}
 
     def core_0_19(batch: Any, is_hybrid_cp: bool, cp_group: Any = None) -> Any:
         asked.append(is_hybrid_cp)
-        return own(batch, cp_group=cp_group)
+        return own(batch, cp_group=cp_group, **more)
 
     if asks:
         utils.get_batch_on_this_cp_rank = core_0_19
