@@ -103,7 +103,7 @@ def check_can_be_alone() -> None:
     if not outcome.passed:
         raise ValueError(
             "this machine lets no program have namespaces of its own (unshare of Linux: "
-            f"{outcome.reason}), and a program that a model wrote is not run without. Run it outside "
+            f"{outcome.reason}), and programs of a model are not run without them. Run it outside "
             "a container, or in one that allows unshare and mount, as docker run --privileged"
         )
 
