@@ -5,12 +5,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.loss import KDLossConfig
 from nemo_kd.selection import SelectionConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # The formats of SFT data whose samples this package renders (nemo_kd/chat), and all formats.
 RENDERED = ("messages", "sharegpt", "alpaca", "prompt_completion")
@@ -263,9 +266,7 @@ class DistillationConfig:
         return KDLossConfig(**values)
 
 
-Settings = TypeVar(
-    "Settings", Schedule, DistillationConfig, SelectionConfig, DataConfig, CacheConfig
-)
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def read_settings(

@@ -81,7 +81,7 @@ def _sample(record: Any, k: int, vocab_size: int) -> Sample:
     tails = np.zeros(len(positions), np.float32)
     for index, (position, row) in enumerate(zip(positions, rows, strict=True)):
         try:
-            ids[index], log_probs[index], tails[index] = _row(row, tokens[position], k, vocab_size)
+            ids[index], log_probs[index], tails[index] = top_row(row, tokens[position], k, vocab_size)
         except ValueError as error:
             raise ValueError(f"logprobs of token {position}: {error}") from error
     context_length = record.get("context_length", positions[0] if positions else len(tokens))
@@ -92,17 +92,25 @@ def _sample(record: Any, k: int, vocab_size: int) -> Sample:
     )
 
 
-def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list[float], float]:
-    """ids and log-probs of the k most probable entries, and the tail's log-prob."""
+def top_row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list[float], float]:
+    """ids and log-probs of the k most probable entries, and the tail's log-prob.
+
+    Args:
+        row: of one of the two forms above.
+        token: the id that the row is for.
+
+    Raises:
+        ValueError: as `read_samples`.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {row!r}")
     if isinstance(row.get("top_logprobs"), list):
         top: list[Any] = [entry for entry in row["top_logprobs"] if isinstance(entry, dict)]
-        entries = [(_token_id(entry.get("token")), entry.get("logprob")) for entry in top]
-        named = [_token_id(row.get("token"))]
+        entries = [(token_id(entry.get("token")), entry.get("logprob")) for entry in top]
+        named = [token_id(row.get("token"))]
     else:
         entries = [
-            (_token_id(key), value.get("logprob") if isinstance(value, dict) else value)
+            (token_id(key), value.get("logprob") if isinstance(value, dict) else value)
             for key, value in row.items()
         ]
         named = [number for number, _ in entries]
@@ -129,7 +137,12 @@ def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list
     return [number for number, _ in entries[:k]], [value for _, value in entries[:k]], tail
 
 
-def _token_id(value: Any) -> int:
+def token_id(value: Any) -> int:
+    """The id of a token that an engine wrote as 7, "7" or "token_id:7".
+
+    Raises:
+        ValueError: it wrote anything else.
+    """
     if type(value) is int:
         return value
     text = value.removeprefix(_TOKEN_ID) if isinstance(value, str) else ""

@@ -17,6 +17,8 @@ from nemo_kd.process import say
 # What NeMo's chat dataset reads of a line, and of each of its turns.
 _CHAT_KEYS = ("system", "conversations", "mask", "type")
 _TURN_KEYS = ("from", "value")
+# What `nemo-kd generate` adds to a line: how the answer was made, and the one that it replaces.
+GENERATION, REFERENCE = "generation", "reference"
 
 
 def check_lines(path: str, data: DataConfig, renderer: Renderer | None = None) -> int:
@@ -48,7 +50,8 @@ def check_lines(path: str, data: DataConfig, renderer: Renderer | None = None) -
             raise ValueError(f"{path}, line {blank}: expected a JSON object, got an empty line")
         try:
             record = read_object(line)
-            unread |= _check_record(record, data, renderer)
+            of_line = _check_record(record, data, renderer)
+            unread |= of_line - ({GENERATION, REFERENCE} if GENERATION in record else set())
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         num_samples += 1
