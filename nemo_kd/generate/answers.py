@@ -51,7 +51,3 @@ class Engine(Protocol):
         """Call `done` with each block's answers, in the order of its requests."""
 
 
-def no_rows(k: int) -> Rows:
-    return Rows(
-        np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), np.zeros(0, np.float32)
-    )
