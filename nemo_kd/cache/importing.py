@@ -81,7 +81,9 @@ def _sample(record: Any, k: int, vocab_size: int) -> Sample:
     tails = np.zeros(len(positions), np.float32)
     for index, (position, row) in enumerate(zip(positions, rows, strict=True)):
         try:
-            ids[index], log_probs[index], tails[index] = top_row(row, tokens[position], k, vocab_size)
+            ids[index], log_probs[index], tails[index] = top_row(
+                row, tokens[position], k, vocab_size
+            )
         except ValueError as error:
             raise ValueError(f"logprobs of token {position}: {error}") from error
     context_length = record.get("context_length", positions[0] if positions else len(tokens))

@@ -62,9 +62,7 @@ def as_jsonl(path: str, directory: str) -> str:
     return made
 
 
-def format_of(
-    paths: Sequence[str], template_keys: list[str], optional: Sequence[str] = ()
-) -> str:
+def format_of(paths: Sequence[str], template_keys: list[str], optional: Sequence[str] = ()) -> str:
     """The format of files, by the first line of each.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 from nemo_kd.cache.layout import Array
 
 
@@ -49,5 +48,3 @@ class Engine(Protocol):
         done: Callable[[int, list[Answer]], None],
     ) -> None:
         """Call `done` with each block's answers, in the order of its requests."""
-
-

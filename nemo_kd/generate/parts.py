@@ -1,9 +1,9 @@
 """What a run has written so far: one file for each block of answers, beside the output.
 
-    answers.jsonl.parts/
-      settings.json   what the answers are made of; no other run may continue them
-      00000.npz ...   the answers of a block, and their rows; published by one rename
-      done.json       once the output is whole: its counts and failures; the blocks are removed
+answers.jsonl.parts/
+  settings.json   what the answers are made of; no other run may continue them
+  00000.npz ...   the answers of a block, and their rows; published by one rename
+  done.json       once the output is whole: its counts and failures; the blocks are removed
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Parts:
         if changed := changes(_read(record), settings):
             raise ValueError(f"{self.output} was begun with other settings: {changed}; {again}")
         if self.done() is not None and not self.output.exists():
-            raise ValueError(f"{self.path} says that {self.output} is whole, but it is gone; {again}")
+            raise ValueError(
+                f"{self.path} says that {self.output} is whole, but it is gone; {again}"
+            )
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Make the directory, and record the settings."""
@@ -130,4 +132,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete {path.parent} to begin anew") from error
+        raise ValueError(
+            f"{path} is damaged: {error}; delete {path.parent} to begin anew"
+        ) from error
