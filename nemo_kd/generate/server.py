@@ -75,7 +75,7 @@ class Server:
     async def _try(self) -> None:
         ends = self._tokenizer.end_ids
         prompt = Request(0, 0, self._tokenizer.text_to_ids("The") or ends, seed=0)
-        async with self._client() as client:
+        async with self._client().with_options(max_retries=1) as client:
             rows = []
             # The second one would change log-probs that are taken after temperature and top_p.
             for changed in ({}, {"temperature": 2.0, "top_p": 0.5}):
@@ -152,21 +152,17 @@ class Server:
                 return block, list(await asyncio.gather(*answers))
 
             running: set[asyncio.Task[tuple[int, list[Answer]]]] = set()
-            num_asked = 0
             for block in blocks:
                 requests = requests_of(block)
-                num_asked += len(requests)
                 running.add(asyncio.create_task(block_of(block, requests)))
-                # One block more than fill the flight, so that it stays full when one ends.
-                most = 1 + self._config.max_in_flight * len(running) // max(1, num_asked)
-                while len(running) > most or (running and block == blocks[-1]):
-                    finished, running = await asyncio.wait(
+                # One more than fill the flight, so that it stays full when one of them ends.
+                most = 1 + self._config.max_in_flight // max(1, len(requests))
+                while len(running) > (0 if block == blocks[-1] else most):
+                    ended, running = await asyncio.wait(
                         running, return_when=asyncio.FIRST_COMPLETED
                     )
-                    for task in finished:
-                        number, answers = task.result()
-                        num_asked -= len(answers)
-                        done(number, answers)
+                    for task in ended:
+                        done(*task.result())
 
     async def _answer(
         self, client: AsyncOpenAI, gate: asyncio.Semaphore, request: Request
@@ -277,6 +273,12 @@ class Server:
         tops = (choice.get("logprobs") or {}).get("top_logprobs") or []
         if len(tops) != len(ids):
             raise ValueError(f"expected log-probs of {len(ids)} tokens, got {len(tops)}")
+        fewest = min(map(len, tops), default=self._k)
+        if fewest < self._k:
+            raise ValueError(
+                f"expected {self._k} log-probs of each token, got {fewest}; lower capture.k, or "
+                "raise the server's limit (vLLM: --max-logprobs)"
+            )
         vocab_size = self._tokenizer.vocab_size
         made = [top_row(top, i, self._k, vocab_size) for top, i in zip(tops, ids, strict=True)]
         entries, log_probs, tails = zip(*made, strict=True) if made else ([], [], [])
