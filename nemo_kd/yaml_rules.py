@@ -176,7 +176,7 @@ _RULES = {
         "sampling.*": ANY,  # read_settings checks them
         "server.base_url": _TEXT_OR_NULL,
         "server.model": _TEXT_OR_NULL,
-        "server.max_failures": whole(0),
+        **dict.fromkeys(("server.max_failures", "server.max_retries"), whole(0)),
         "capture.path": _TEXT_OR_NULL,
         "capture.codec": one_of("packed", "raw"),
     },

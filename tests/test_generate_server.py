@@ -24,21 +24,27 @@ from generation import RECORDS, arguments, capture, generate, lines, write_promp
 
 from nemo_kd.cache import TopKCache
 
+STOP = "ature"
 VLLM = Path(os.environ.get("NEMO_KD_VLLM", Path(__file__).parent.parent / ".venv-vllm"))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, hf_tokenizer: Any) -> Path:
-    """A tiny Llama whose heads are as wide as vLLM has them on a CPU, and no wider vocabulary."""
+    """A tiny Llama whose heads are as wide as vLLM has them on a CPU, and which likes to end."""
+    from transformers import LlamaForCausalLM
+
     path = tmp_path_factory.mktemp("served") / "tiny"
     save_llama(path, hf_tokenizer, True, 2, len(hf_tokenizer), heads=2)
+    llama = LlamaForCausalLM.from_pretrained(path)
+    llama.model.embed_tokens.weight.data[hf_tokenizer.eos_token_id] *= 4
+    llama.save_pretrained(path)
     return path
 
 
 def asks(model: Path, url: str, directory: Path, *more: str) -> list[str]:
     server = ("engine=server", "server.model=tiny", f"server.base_url={url}")
     output = directory / "answers.jsonl"
-    stop = "sampling.stop=[student]"
+    stop = f"sampling.stop=[{STOP}]"
     data = write_prompts(directory)
     return [*arguments(model, data, output, *server, stop), *capture(directory / "cache"), *more]
 
@@ -70,17 +76,17 @@ def test_the_recorded_answers_become_data_and_a_cache(
     with serving(replay()) as url:
         generate(*asks(model, url, tmp_path))
     cache = TopKCache.open(tmp_path / "cache")
-    made = lines(tmp_path / "answers.jsonl")
-    for number, line in enumerate(made):
+    ends = set()
+    for number, line in enumerate(lines(tmp_path / "answers.jsonl")):
         sample, told = cache[number], line["generation"]
         written = sample.tokens[sample.context_length :]
         assert told["num_tokens"] == len(written)
         assert (told["prompt"], told["answer"]) == divmod(number, 2)
         text = hf_tokenizer.decode(written, clean_up_tokenization_spaces=False)
-        assert text.split("student")[0].removesuffix("</s>").removeprefix(" ") == line["output"]
-        assert "student" not in line["output"]
-    reasons = [line["generation"]["finish_reason"] for line in made]
-    assert set(reasons) == {"stop", "length"}
+        ends.add("stop" if STOP in text else "end" if text.endswith("</s>") else "length")
+        assert told["finish_reason"] == ("stop" if STOP in text or "</s>" in text else "length")
+        assert text.split(STOP)[0].removesuffix("</s>").removeprefix(" ") == line["output"]
+    assert ends == {"stop", "end", "length"}
     assert cache.manifest.dataset["captured"]["engine"] == "server"
     check_rows(model, tmp_path / "cache")
 
@@ -105,7 +111,7 @@ def fewer(request: dict[str, Any], choice: dict[str, Any]) -> None:
 def tempered(request: dict[str, Any], choice: dict[str, Any]) -> None:
     for top in choice["logprobs"]["top_logprobs"]:
         for key in top:
-            top[key] /= request["temperature"]
+            top[key] *= request["temperature"]
 
 
 def too_much(request: dict[str, Any], choice: dict[str, Any]) -> None:

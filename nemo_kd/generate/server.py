@@ -79,7 +79,7 @@ class Server:
             rows = []
             # The second one would change log-probs that are taken after temperature and top_p.
             for changed in ({}, {"temperature": 2.0, "top_p": 0.5}):
-                asked = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "stop": None}
+                asked = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
                 try:
                     choice = await self._ask(client, prompt, asked | changed)
                 except APIError as error:
