@@ -25,6 +25,8 @@ from generation import RECORDS, arguments, capture, generate, lines, write_promp
 from nemo_kd.cache import TopKCache
 
 STOP = "ature"
+NUM_EMPTY = 1  # of the recorded answers: its first token is the end token
+NUM_ANSWERS = 2 * len(RECORDS) - NUM_EMPTY
 VLLM = Path(os.environ.get("NEMO_KD_VLLM", Path(__file__).parent.parent / ".venv-vllm"))
 
 
@@ -55,7 +57,6 @@ def check_rows(model: Path, cache_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     reference, cache = LlamaForCausalLM.from_pretrained(model), TopKCache.open(cache_path)
-    assert len(cache) == len(RECORDS) * 2
     for number in range(len(cache)):
         sample = cache[number]
         with torch.no_grad():
@@ -74,19 +75,23 @@ def test_the_recorded_answers_become_data_and_a_cache(
     model: Path, hf_tokenizer: Any, tmp_path: Path
 ) -> None:
     with serving(replay()) as url:
-        generate(*asks(model, url, tmp_path))
+        output = generate(*asks(model, url, tmp_path))
+    assert f"{NUM_EMPTY} failures, which are not in the data" in output
+    assert output.count("an empty answer") == NUM_EMPTY
     cache = TopKCache.open(tmp_path / "cache")
-    ends = set()
+    ends, places = set(), []
     for number, line in enumerate(lines(tmp_path / "answers.jsonl")):
         sample, told = cache[number], line["generation"]
         written = sample.tokens[sample.context_length :]
         assert told["num_tokens"] == len(written)
-        assert (told["prompt"], told["answer"]) == divmod(number, 2)
+        places.append((told["prompt"], told["answer"]))
         text = hf_tokenizer.decode(written, clean_up_tokenization_spaces=False)
         ends.add("stop" if STOP in text else "end" if text.endswith("</s>") else "length")
         assert told["finish_reason"] == ("stop" if STOP in text or "</s>" in text else "length")
         assert text.split(STOP)[0].removesuffix("</s>").removeprefix(" ") == line["output"]
     assert ends == {"stop", "end", "length"}
+    assert len(places) == len(set(places)) == len(cache) == NUM_ANSWERS
+    assert places == sorted(places)
     assert cache.manifest.dataset["captured"]["engine"] == "server"
     check_rows(model, tmp_path / "cache")
 
@@ -161,7 +166,7 @@ def test_without_rows_text_is_enough(model: Path, tmp_path: Path) -> None:
 
     with serving(reply) as url:
         generate(*asks(model, url, tmp_path, "capture.path=null"))
-    assert len(lines(tmp_path / "answers.jsonl")) == 10
+    assert len(lines(tmp_path / "answers.jsonl")) == NUM_ANSWERS
 
 
 def test_a_request_that_fails_is_tried_again_then_counted(model: Path, tmp_path: Path) -> None:
@@ -180,10 +185,9 @@ def test_a_request_that_fails_is_tried_again_then_counted(model: Path, tmp_path:
     with serving(reply) as url:
         output = generate(*asks(model, url, tmp_path, "server.max_retries=2"))
     made = lines(tmp_path / "answers.jsonl")
-    assert len(made) == len(TopKCache.open(tmp_path / "cache")) < 10
-    num_failures = 10 - len(made)
-    assert f"{num_failures} failures, which are not in the data" in output
-    assert output.count("refused: the prompt is too long for me") == num_failures
+    num_refused = 2  # the answers to the longest prompt
+    assert output.count("refused: the prompt is too long for me") == num_refused
+    assert len(made) == len(TopKCache.open(tmp_path / "cache")) == NUM_ANSWERS - num_refused
     assert max(tries.values()) == 3
 
 
@@ -210,7 +214,7 @@ def test_a_server_that_goes_away_stops_the_run_which_goes_on_later(
         del asked[:]
         generate(*asks(model, url, tmp_path, *more))
     assert not written & set(asked)
-    assert len(lines(tmp_path / "answers.jsonl")) == 10
+    assert len(lines(tmp_path / "answers.jsonl")) == NUM_ANSWERS
 
 
 def test_no_server_is_one_line(model: Path, tmp_path: Path) -> None:
@@ -274,7 +278,7 @@ def test_a_real_vllm(vllm: Callable[..., Any], model: Path, tmp_path: Path) -> N
         (tmp_path / "more").mkdir()
         output = generate(*asks(model, url, tmp_path / "more", "capture.k=100"), succeeds=False)
         assert "start vLLM with --max-logprobs 100" in output
-    assert len(lines(tmp_path / "answers.jsonl")) == 10
+    assert len(lines(tmp_path / "answers.jsonl")) == NUM_ANSWERS
     check_rows(model, tmp_path / "cache")
     if os.environ.get("NEMO_KD_RECORD"):
         kept = [pair for pair in pairs if pair["request"].get("logprobs") == 8]
