@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from generation import (
     RECORDS,
-    TEMPLATE,
     arguments,
     capture,
     files_of,
@@ -16,29 +14,9 @@ from generation import (
     lines,
     write_prompts,
 )
-from runs import dump_arguments, run_example, scalars, train_arguments, write_jsonl
-
-from nemo_kd.cache import TopKCache
-from nemo_kd.chat.lines import check_lines
-from nemo_kd.config import DataConfig
-from nemo_kd.generate.embedded import draw
-from nemo_kd.generate.prompts import answered
+from runs import run_example
 
 STOPPED_RUN = Path(__file__).parent / "stopped_run.py"
-QUESTION = {"role": "user", "content": "river one?"}
-# One line of each format, with its answer and without.
-LINES: dict[str, dict[str, Any]] = {
-    "messages": {"messages": [QUESTION]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "river one?"}]},
-    "alpaca": {"instruction": "river one?", "input": ""},
-    "prompt_completion": {"prompt": "river one?"},
-    "prompt": {"input": "river one?"},
-    "nemo_chat": {
-        "system": "",
-        "mask": "User",
-        "conversations": [{"from": "User", "value": "river one?"}],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +53,17 @@ def test_greedy_answers_are_those_of_generate(
 def test_an_interrupted_run_ends_with_the_same_bytes(
     name: str, written: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Stopped before its second block is published, and once more before the cache is written."""
+    """Stopped before its second block is published, in its cache, and before it is done."""
     data = write_prompts(tmp_path)
     run = arguments(wide_llamas["tied"], data, tmp_path / "answers.jsonl")
     run += capture(tmp_path / "cache")
     status = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 143}[name]
-    for moment in ("nemo_kd.cache.writer:ShardWriter.add", "nemo_kd.generate.parts:sync"):
+    moments = (
+        "nemo_kd.generate.parts:Parts.write#2",  # one block is there
+        "nemo_kd.cache.writer:ShardWriter.add",
+        "nemo_kd.generate.parts:sync",  # only done.json is missing
+    )
+    for moment in moments:
         script = (STOPPED_RUN, name, moment, 0, "generate_answers.py")
         run_example(*script, *run, status=status)
     assert not (tmp_path / "answers.jsonl.parts" / "done.json").exists()
@@ -90,13 +73,3 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     before = files_of(tmp_path)
     assert "whole already; 10 answers" in generate(*run)
     assert files_of(tmp_path) == before
-
-
-def test_the_cache_holds_what_a_dump_of_the_same_tokens_holds(
-    written: Path, nemos: dict[str, Path], hf_tokenizer: Any, tmp_path: Path
-) -> None:
-    """The dump reads the samples of the cache, of which one token id is one text."""
-    mine = TopKCache.open(written / "cache")
-    texts = [chr(0x4E00 + i) for i in range(mine.manifest.vocab_size)]
-    assert len(mine) == len(lines(written / "answers.jsonl"))
-    del nemos, hf_tokenizer, tmp_path, texts, dump_arguments, np

@@ -243,7 +243,9 @@ class Server:
 
     def _text(self, ids: list[int], choice: dict[str, Any]) -> str:
         """The text of the ids, which must be the server's."""
-        ended = choice["finish_reason"] == "stop" and ids[-1:] and ids[-1] in self._tokenizer.end_ids
+        ended = (
+            choice["finish_reason"] == "stop" and ids[-1:] and ids[-1] in self._tokenizer.end_ids
+        )
         if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
             raise ValueError(
                 f"expected ids below {self._tokenizer.vocab_size}, got {max(ids)}; is model.hf_path "
