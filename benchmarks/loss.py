@@ -2,6 +2,7 @@
 
 Logits in (ratios to "unfused", "in place" and "softmax"):
     renormalize bucket label drop   vocab_parallel_kd_sft_loss with that tail, inplace
+    kept       renormalize without inplace: the logits are kept, and the gradient has its own memory
     dense      all-gather, log_softmax, KL of renormalised top-K and cross entropy in plain torch
     unfused    megatron.core's vocab-parallel cross entropy and a separate top-K KL in plain torch,
                whose gather needs the logits that the cross entropy overwrites: on a copy
@@ -73,11 +74,11 @@ def make_inputs(num_tokens: int, vocab_size: int, dtype: torch.dtype, from_hidde
     )
 
 
-def fused(x: Inputs, tail: str) -> Tensor:
+def fused(x: Inputs, tail: str, inplace: bool = True) -> Tensor:
     config = KDLossConfig(tail=tail, sft_loss_weight=SFT_LOSS_WEIGHT)
     out = vocab_parallel_kd_sft_loss(
         x.logits, x.labels, x.log_probs, x.ids, x.tails,
-        config=config, tp_group=dist.group.WORLD, inplace=True,
+        config=config, tp_group=dist.group.WORLD, inplace=inplace,
     )  # fmt: skip
     return (out.loss * x.weights).sum()
 
@@ -165,6 +166,7 @@ LOGITS_ROWS: dict[str, Callable[[Inputs], Tensor]] = {
     "bucket": lambda x: fused(x, "bucket"),
     "label": lambda x: fused(x, "label"),
     "drop": lambda x: fused(x, "drop"),
+    "kept": lambda x: fused(x, "renormalize", inplace=False),
     "dense": dense,
     "unfused": lambda x: unfused(x, copy=True),
     "in place": lambda x: unfused(x, copy=False),

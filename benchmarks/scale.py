@@ -19,7 +19,7 @@ import numpy as np
 from test_cache_scale import NUM_SHARDS, write_large
 
 from nemo_kd.cache import TopKCache
-from nemo_kd.nemo.packing import pack_samples
+from nemo_kd.student.packing import pack_samples
 
 _NUM_READS = 5000
 _PACK_SIZE = 4096

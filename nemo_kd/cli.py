@@ -1,22 +1,18 @@
 """The command nemo-kd.
 
-`dump`, `train`, `import-hf` and `export-hf` call the same functions as the scripts in examples/,
-with the same keys; `dump --host bridge` and `train --host bridge` those of examples/bridge/.
-`inspect`, `verify` and `import` are about a cache; `show` is about a cache or
-a file of SFT data.
+`dump`, `train` and the other commands of runs.py call the functions of the scripts in examples/.
+`inspect`, `verify` and `import` are about a cache; `show` is about a cache or a file of SFT data.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,15 +23,7 @@ from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache, inspection
 from nemo_kd.cache.importing import read_samples
 from nemo_kd.cache.layout import MANIFEST_NAME
 from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint, vocabulary_of
-
-CONF = Path(__file__).parent / "conf"
-# Command: its YAML in CONF, which also names the function; the module of nemo_kd.nemo; help.
-RUNS = {
-    "dump": ("dump_teacher_topk", "dump", "run the teacher once: a cache of its top-K"),
-    "train": ("train_kd_sft", "train", "train a student on a cache"),
-    "import-hf": ("import_hf_llama", "hf.importer", "turn a Hugging Face checkpoint into a .nemo"),
-    "export-hf": ("export_hf_llama", "hf.exporter", "turn a .nemo into a Hugging Face checkpoint"),
-}
+from nemo_kd.runs import RUNS, installed_host, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     if given and given[0] in RUNS:
         # Hydra reads what follows, also --cfg job; argparse does not see it.
-        _run(given[0], given[1:])
+        run(given[0], given[1:])
         return 0
     # Libraries fork after a tokenizer has run, and would warn of its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -69,71 +57,15 @@ def _parser() -> argparse.ArgumentParser:
         "teacher rows.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, (name, _, text) in RUNS.items():  # only for --help: `main` calls them itself
-        more = ", or bridge/ with --host bridge" if command in ("dump", "train") else ""
-        commands.add_parser(command, help=f"{text}; keys: {name}.yaml{more}", add_help=False)
+    for command, own in RUNS.items():  # only for --help: `main` calls them itself
+        more = ", or bridge/ with --host bridge" if "bridge" in own.hosts else ""
+        text = f"{own.text}; keys: {own.name}.yaml{more}"
+        commands.add_parser(command, help=text, add_help=False)
     _add_inspect(commands)
     _add_verify(commands)
     _add_show(commands)
     _add_import(commands)
     return parser
-
-
-# --- dump, train, import-hf, export-hf
-
-
-def _run(command: str, overrides: list[str]) -> None:
-    """Call a run's function with its YAML and the overrides, as the example of its name does."""
-    import hydra
-    from omegaconf import DictConfig
-
-    from nemo_kd.process import announce, answer_help, user_errors
-
-    name, module, _ = RUNS[command]
-    host = _taken_host(command, overrides)
-    conf = CONF / "bridge" if host == "bridge" else CONF
-
-    @hydra.main(version_base=None, config_path=str(conf), config_name=name)
-    def run(config: DictConfig) -> None:
-        with user_errors():
-            announce(config)
-            if command == "import-hf":  # as in examples/import_hf_llama.py
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            getattr(_of_host(host, module), name)(config)
-
-    sys.argv = [f"nemo-kd {command}", *overrides]  # Hydra reads its arguments there
-    answer_help(conf / f"{name}.yaml")
-    run()
-
-
-def _of_host(host: str, module: str) -> Any:
-    """A module of a host.
-
-    Raises:
-        ValueError: This environment has not got that host.
-    """
-    needed, make = {"nemo": ("nemo", "setup"), "bridge": ("megatron.bridge", "setup-bridge")}[host]
-    if find_spec(needed) is None:
-        raise ValueError(
-            f"this environment has no {needed}, which is needed here; call it in the environment "
-            f"of that host (make {make}), or for dump and train choose --host"
-        )
-    return importlib.import_module(f"nemo_kd.{host}.{module}")
-
-
-def _taken_host(command: str, overrides: list[str]) -> str:
-    """Take `--host HOST` out of a run's arguments; without it the host is NeMo 2.4."""
-    if "--host" not in overrides:
-        return "nemo"
-    place = overrides.index("--host")
-    host = "".join(overrides[place + 1 : place + 2])
-    if host not in ("nemo", "bridge") or command not in ("dump", "train"):
-        sys.exit(
-            f"nemo-kd {command}: expected --host nemo or --host bridge with dump or train, got "
-            f"--host {host}"
-        )
-    del overrides[place : place + 2]
-    return host
 
 
 # --- inspect
@@ -179,7 +111,7 @@ def _add_verify(commands: Any) -> None:
         "--against",
         metavar="FILE.jsonl",
         nargs="+",
-        help="also tokenise the source files, in the dump's order, and compare (needs NeMo)",
+        help="also tokenise the source files, in the dump's order, and compare (needs a host)",
     )
     parser.add_argument(
         "--chat-template",
@@ -190,7 +122,7 @@ def _add_verify(commands: Any) -> None:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="with --against: the teacher's or the student's .nemo",
+        help="with --against: the teacher's or the student's .nemo or Hugging Face directory",
     )
 
 
@@ -205,8 +137,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     with tqdm(total=size_bytes, unit="B", unit_scale=True, disable=None) as progress:
         faults = cache.verify(progress.update)
         if arguments.against is not None:
+            from nemo_kd.compare import differences
+
             against = (arguments.against, arguments.tokenizer, arguments.chat_template)
-            faults = chain(faults, _of_host("nemo", "compare").differences(cache, *against))
+            faults = chain(faults, differences(installed_host(), cache, *against))
         for fault in faults:
             num_faults += 1
             progress.write(fault, file=sys.stdout)
@@ -246,14 +180,12 @@ def _add_show(commands: Any) -> None:
 def _show(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    compare = _of_host("nemo", "compare")
-    from nemo_kd.nemo.console import quiet_host
-    from nemo_kd.nemo.nemo_file import read_tokenizer
+    host = installed_host()
+    from nemo_kd.compare import samples_of, token_decoder
     from nemo_kd.show import show_choices, show_sample
 
-    quiet_host()
-    tokenizer = read_tokenizer(arguments.tokenizer, "--tokenizer")
-    decode, console = compare.token_decoder(tokenizer), Console(highlight=False, soft_wrap=True)
+    tokenizer = host.read_tokenizer(arguments.tokenizer, "--tokenizer")
+    decode, console = token_decoder(tokenizer), Console(highlight=False, soft_wrap=True)
     if (Path(arguments.path) / MANIFEST_NAME).exists():
         if arguments.overrides:
             raise ValueError(f"expected no data.KEY for a cache, got {arguments.overrides[0]}")
@@ -263,7 +195,7 @@ def _show(arguments: argparse.Namespace) -> int:
             show_sample(console, number, sample.tokens, sample.loss_mask, decode)
             show_choices(console, sample, decode)
         return 0
-    samples = compare.samples_of(arguments.path, arguments.overrides, tokenizer)
+    samples = samples_of(host, arguments.path, arguments.overrides, tokenizer)
     for number, (tokens, loss_mask, _) in zip(range(arguments.n), samples, strict=False):
         show_sample(console, number, tokens, loss_mask, decode)
     return 0
@@ -302,9 +234,7 @@ def _add_import(commands: Any) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from nemo_kd.nemo.nemo_file import read_tokenizer
-
-    tokenizer = read_tokenizer(arguments.tokenizer, "--tokenizer")
+    tokenizer = installed_host().read_tokenizer(arguments.tokenizer, "--tokenizer")
 
     def samples(unit: str) -> Iterator[Sample]:
         files = (

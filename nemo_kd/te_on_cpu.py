@@ -112,6 +112,24 @@ def _attention() -> type:
                 settings.pop(name, None)
             super().__init__(*args, **settings)
 
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any
+        ) -> Tensor:
+            """As core's, and within each of the sequences that `packed_seq_params` tells of.
+
+            Packed, query, key and value are [tokens, heads, size], and what comes back is
+            [tokens, heads * size].
+            """
+            packed = settings.pop("packed_seq_params", None)
+            attend: Any = super().forward
+            if packed is None:
+                output: Tensor = attend(query, key, value, *args, **settings)
+                return output
+            lengths = packed.cu_seqlens_q.diff().tolist()
+            parts = (torch.split(each[:, None], lengths) for each in (query, key, value))
+            outputs = [attend(*each, *args, **settings) for each in zip(*parts, strict=True)]
+            return torch.cat(outputs)[:, 0]
+
     return TEDotProductAttention
 
 

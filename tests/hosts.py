@@ -6,11 +6,15 @@ tests/test_hosts.py compares the NeMo host with it, and tests/bridge/test_hosts.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from runs import MAX_SEQ_LENGTH
+
+from nemo_kd.cache import CacheWriter, TopKCache
 
 REFERENCE = Path(__file__).parent / "hosts.json"
 STEPS = 10
@@ -29,6 +33,32 @@ def hashes(cache: Path) -> dict[str, str]:
 def reference() -> dict[str, Any]:
     value: dict[str, Any] = json.loads(REFERENCE.read_text())
     return value
+
+
+def write_half(path: Path, source: TopKCache, drop: bool) -> Path:
+    """A cache of every second sample, and of the others without their answers unless `drop`."""
+    samples: list[Any] = []
+    for index, sample in enumerate(source):
+        if index % 2 == 0:
+            samples.append(sample)
+        elif not drop:
+            samples.append(
+                sample._replace(
+                    loss_mask=np.zeros_like(sample.loss_mask),
+                    topk_ids=sample.topk_ids[:0],
+                    topk_log_probs=sample.topk_log_probs[:0],
+                    tail_log_probs=sample.tail_log_probs[:0],
+                )
+            )
+    manifest = replace(
+        source.manifest, teacher_fingerprint=f"half, {drop}", num_samples=len(samples)
+    )
+    writer = CacheWriter.open(path, manifest)
+    for shard in writer.missing_shards():
+        with writer.shard(shard) as sink:
+            for index in manifest.shard_samples(shard):
+                sink.add(**samples[index]._asdict())
+    return path
 
 
 def measure(

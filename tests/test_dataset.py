@@ -390,7 +390,7 @@ def test_an_end_token_inside_a_sample_does_not_end_it(
 def test_packs_follow_the_seed_and_read_lengths_alone(
     tmp_path: Path, tokenizer: Any, records: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_kd.nemo import packing
+    from nemo_kd.student import packing
 
     cache = write_cache(tmp_path / "cache", nemo_dataset(tmp_path, records, tokenizer), tokenizer)
     np.testing.assert_array_equal(cache.num_tokens(), [len(sample.tokens) for sample in cache])

@@ -1,7 +1,9 @@
 """The loss on a whole vocabulary: every mode and edge against the float64 reference."""
 
 import gc
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nemo_kd.loss.eager
+import nemo_kd.loss.fused
 from nemo_kd.loss import KDLossConfig, vocab_parallel_kd_sft_loss
 
 
@@ -170,6 +173,30 @@ def test_not_inplace_allocates_one_tensor_of_all_the_logits(
         assert large == [logits.nbytes] * expected
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_gradient_asks_for_huge_pages(dtype: torch.dtype) -> None:
+    """And has the values of the gradient that takes the memory of the logits."""
+    case, config = random_case(shape=(32, 4), v=65536), MODES["forward_kl-label-T1"]
+    case = replace(case, logits=case.logits.to(dtype))
+    _, gradient = run(case, config)
+    assert gradient.nbytes >= nemo_kd.loss.fused.HUGE_BYTES
+    mappings = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$",
+        Path("/proc/self/smaps").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    flags = [
+        words.split()
+        for begin, end, words in mappings
+        if int(begin, 16) <= gradient.data_ptr() < int(end, 16)
+    ]
+    assert "hg" in flags[0]  # MADV_HUGEPAGE
+    assert torch.equal(gradient, run(case, config, inplace=True)[1])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_chunks_that_do_not_divide_the_tokens(
@@ -202,12 +229,15 @@ def test_a_row_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_matches_reference(case, config, *run(case, config))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("inplace", "huge_bytes"), [(False, 2**23), (False, 1), (True, 2**23)], ids=str
+)
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "vocabulary_strided"])
 def test_non_contiguous_logits(
-    strides: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+    strides: str, inplace: bool, huge_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(nemo_kd.loss.eager.CHUNK_BYTES, "cpu", 2 * V * 4)
+    monkeypatch.setattr(nemo_kd.loss.fused, "HUGE_BYTES", huge_bytes)
     case, config = random_case(shape=(3, 4)), MODES["forward_kl-bucket-T2"]
     base, view = {
         "transposed": (case.logits.transpose(0, 1).contiguous(), lambda x: x.transpose(0, 1)),

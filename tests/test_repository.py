@@ -107,7 +107,7 @@ def test_only_the_host_imports_nemo() -> None:
     for path in (ROOT / "nemo_kd").rglob("*.py"):
         place = path.relative_to(ROOT / "nemo_kd").parts[0]
         names = {name.split(".")[0] for name in imported_by(path)}
-        if place not in HOSTS | {"cli.py"}:
+        if place not in HOSTS:
             assert not names & {"nemo", "lightning"}, path
 
 
@@ -116,7 +116,7 @@ def test_what_is_ours_and_each_host_know_no_other_host() -> None:
         place = path.relative_to(ROOT / "nemo_kd").parts[0]
         parts = [name.split(".") for name in imported_by(path)]
         hosts = {part[1] for part in parts if part[0] == "nemo_kd" and len(part) > 1} & HOSTS
-        if place != "cli.py":
+        if place != "runs.py":
             assert hosts <= {place}, f"{path} imports {hosts}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
+from hosts import write_half
 from nemo_models import local_logits
 from omegaconf import OmegaConf
 from runs import MAX_SEQ_LENGTH, run_example, scalars, train_arguments
@@ -236,32 +237,6 @@ def test_the_saved_student_is_a_plain_nemo(
     run_example("train_kd_sft.py", *arguments, "trainer.max_steps=0")
     again = scalars(tmp_path / "logs")
     np.testing.assert_allclose(again["val_loss"][-1], curves["val_loss"][-1], rtol=1e-6)
-
-
-def write_half(path: Path, source: TopKCache, drop: bool) -> Path:
-    """A cache of every second sample, and of the others without their answers unless `drop`."""
-    samples: list[Any] = []
-    for index, sample in enumerate(source):
-        if index % 2 == 0:
-            samples.append(sample)
-        elif not drop:
-            samples.append(
-                sample._replace(
-                    loss_mask=np.zeros_like(sample.loss_mask),
-                    topk_ids=sample.topk_ids[:0],
-                    topk_log_probs=sample.topk_log_probs[:0],
-                    tail_log_probs=sample.tail_log_probs[:0],
-                )
-            )
-    manifest = replace(
-        source.manifest, teacher_fingerprint=f"half, {drop}", num_samples=len(samples)
-    )
-    writer = CacheWriter.open(path, manifest)
-    for shard in writer.missing_shards():
-        with writer.shard(shard) as sink:
-            for index in manifest.shard_samples(shard):
-                sink.add(**samples[index]._asdict())
-    return path
 
 
 ONE_A_BATCH = [f"model.data.{name}.micro_batch_size=1" for name in ("train_ds", "validation_ds")]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import ConcatDataset
 
-from nemo_kd.bridge import cpu_backend
+from nemo_kd.bridge import console, cpu_backend
 from nemo_kd.cache.manifest import fingerprint_model
 from nemo_kd.chat.samples import warn_of_missing_begin, with_found_format
 from nemo_kd.config import CacheConfig, DataConfig, read_dump, refuse_unknown_keys
-from nemo_kd.core_tokenizer import Tokenizer
 from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_replica
 from nemo_kd.ranks import on_rank_zero, start
@@ -41,13 +41,13 @@ def dump_teacher_topk(config: DictConfig) -> None:
     """
     data, selection, cache = check_settings(config)
     data = with_found_format(data)
+    console.quiet_host()
     if config.device == "cpu":
         cpu_backend.enable()
-    from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
     from megatron.core import parallel_state
 
-    from nemo_kd.bridge.dataset import file_datasets
-    from nemo_kd.bridge.models import read_model, tokenizer_config
+    from nemo_kd.bridge.dataset import file_datasets, read_tokenizer
+    from nemo_kd.bridge.models import read_model
 
     start(config.device)
     length = data.max_seq_length
@@ -55,7 +55,7 @@ def dump_teacher_topk(config: DictConfig) -> None:
     check_replica(vars(provider), "model")
     provider.seq_length = max(provider.seq_length, length)
     everyone = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
-    tokenizer = Tokenizer(build_tokenizer(tokenizer_config(config.model.hf_path)))
+    tokenizer = read_tokenizer(Path(config.model.hf_path), "model.hf_path")
     # Checked before the weights are read, so that a broken line costs seconds.
     manifest = on_rank_zero(
         lambda: plan_cache(data, selection, cache, tokenizer, _fingerprint(config)), everyone

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from nemo_kd.config import DistillationConfig
 from nemo_kd.student.model_loss import MicroBatch, ModelLoss
+from nemo_kd.student.packing import PACK_KEYS, attention_of_packs
 from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
-from nemo_kd.student.terms import of_each_set
+from nemo_kd.student.slices import part_of_packs, part_of_sequence
+from nemo_kd.student.terms import of_each_set, share_of_weight
 
 
 class KDForwardStep:
@@ -39,6 +41,7 @@ class KDForwardStep:
         self.loss = ModelLoss(distillation)
         self.models: list[Any] = []  # of this rank, not wrapped
         self.state: GlobalState | None = None  # Bridge's, once the training has begun
+        self._shares: dict[int, Tensor] = {}  # of the step at hand: see _share
 
     def install(self, models: list[Any]) -> list[Any]:
         """A pre-wrap hook of the provider: puts the loss where the last stage has the logits."""
@@ -63,8 +66,15 @@ class KDForwardStep:
         if has_rows:
             moved = {name: batch.pop(name) for name in ROW_KEYS}
             batch |= scatter_rows(moved, batch["labels"].shape[1])
-        if groups.cp.size() > 1:
-            batch = get_batch_on_this_cp_rank(batch, cp_group=groups.cp)
+        more, is_packed = {}, PACK_KEYS[0] in whole
+        if is_packed:  # on every pipeline stage
+            device = torch.device(torch.cuda.current_device())
+            more["packed_seq_params"] = attention_of_packs(whole, device)
+        if groups.cp.size() > 1 and is_packed:
+            bounds = whole[PACK_KEYS[0]][0]
+            batch = part_of_packs(batch, bounds, groups.cp.size(), groups.cp.rank())
+        elif groups.cp.size() > 1:
+            batch = part_of_sequence(batch, groups.cp)
         self.loss.config = self.distillation.at(state.train_state.step)
         rows = {name: batch[name] for name in TEACHER_ROWS if has_rows}
         self.loss.micro_batch = MicroBatch(rows, loss_mask=batch.get("loss_mask"))
@@ -73,13 +83,28 @@ class KDForwardStep:
             position_ids=batch.get("position_ids"),
             attention_mask=None,
             labels=batch.get("labels"),
+            **more,
         )
         # All samples of a micro batch are of one validation set; a training batch has no number.
         number = int(whole["set_index"][0]) if "set_index" in whole else None
-        return output, partial(self._reduce, batch.get("loss_mask"), number)
+        shares = is_last and number is None and not state.cfg.model.calculate_per_token_loss
+        share = self._share(state.train_state.step, whole, groups.dp_cp) if shares else 1.0
+        return output, partial(self._reduce, batch.get("loss_mask"), number, share)
+
+    def _share(self, step: int, whole: Any, replicas: Any) -> Tensor:
+        """What a mean of a micro batch is multiplied by, if all micro batches weigh alike.
+
+        Bridge divides their sum by their number in all replicas, here by the number of those with a
+        supervised token: the others weigh nothing. A collective of the replicas, once a step.
+        """
+        if step not in self._shares:
+            counts = whole["whole_batch"]["num_supervised"].cuda()
+            num, kind = get_num_microbatches(), "micro_batch"
+            self._shares = {step: share_of_weight(counts, num, kind, replicas)}
+        return self._shares[step]
 
     def _reduce(
-        self, loss_mask: Any, set_number: int | None, losses: Tensor
+        self, loss_mask: Any, set_number: int | None, share: Tensor | float, losses: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss's sum over the supervised tokens, their number, and `[sum, number]` of terms.
 
@@ -95,4 +120,4 @@ class KDForwardStep:
         report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
         if set_number is not None:
             report = of_each_set(report, set_number, self.set_names, self.num_with_rows)
-        return loss, num_tokens.to(torch.int), report
+        return loss * share, num_tokens.to(torch.int), report

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.bridge import cpu_backend
-from nemo_kd.cache.manifest import fingerprint_model
-from nemo_kd.config import DataConfig, DistillationConfig, read_settings, refuse_unknown_keys
+from nemo_kd.bridge import console, cpu_backend
+from nemo_kd.config import DataConfig, DistillationConfig, read_settings
 from nemo_kd.hf_config import hf_files
 from nemo_kd.layout import check_expert_training
-from nemo_kd.process import check_installed, check_new_directory, exit_stopped, rank, say
+from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
-from nemo_kd.student.fit import check_there
-from nemo_kd.student.run_record import check_record, renew_optimizer, settings_of, write_record
+from nemo_kd.student.run_record import find_groups_by_kind, keep_record, renew_optimizer
+from nemo_kd.student.settings import check_settings
 from nemo_kd.values import set_fields
-from nemo_kd.yaml_rules import check_yaml_values
-
-_SECTIONS = (
-    *("device", "save_hf", "resume_changed", "model", "knowledge_distillation", "dataset", "data"),
-    *(
-        "peft",
-        "train",
-        "optimizer",
-        "scheduler",
-        "checkpoint",
-        "logger",
-        "ddp",
-        "rng",
-        "mixed_precision",
-    ),
-)
 
 
 def train_kd_sft(config: DictConfig) -> None:
@@ -46,6 +27,7 @@ def train_kd_sft(config: DictConfig) -> None:
         ValueError: A setting, the student or a cache does not fit.
     """
     distillation = check_settings(config)
+    console.quiet_host()
     if config.device == "cpu":
         cpu_backend.enable()
     from megatron.bridge.training.pretrain import pretrain
@@ -64,11 +46,15 @@ def train_kd_sft(config: DictConfig) -> None:
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
     if config.peft.peft_scheme is not None:
-        from nemo_kd.bridge.lora import LoRA, add_adapters
+        from nemo_kd.bridge.lora import LoRA, add_adapters, check_output_layer
 
         lora = set_fields(LoRA(), config.peft, "peft", ("peft_scheme",))
+        tied = provider.share_embeddings_and_output_weights
+        check_output_layer(lora, tied, distillation.fuse_output_layer)
         provider.register_pre_wrap_hook(partial(add_adapters, container, lora))
-    on_rank_zero(lambda: _record(config, checkpoint_exists(container.checkpoint.load)))
+    own: Any = OmegaConf.to_container(config, resolve=True)
+    loads, files = container.checkpoint.load, hf_files(config.model.hf_path)
+    on_rank_zero(lambda: keep_record(own, files, resumes=checkpoint_exists(loads)))
     step = KDForwardStep(distillation, dataset.set_names, len(dataset.validation_caches))
     provider.register_pre_wrap_hook(step.install, prepend=True)  # before the weights are read
     try:
@@ -80,23 +66,6 @@ def train_kd_sft(config: DictConfig) -> None:
             message = f"stopped by SIGTERM; the same command {advice}"
             exit_stopped(message if rank() == 0 else None)
         raise
-
-
-def _record(config: DictConfig, resumes: bool) -> None:
-    """Keep beside the checkpoints what the run trains. Called on rank 0 only.
-
-    Raises:
-        ValueError: The checkpoint to resume from is of a run with other settings.
-    """
-    if config.train.train_iters == 0:  # validates alone
-        return
-    own: Any = OmegaConf.to_container(config, resolve=True)
-    settings = settings_of(own, fingerprint_model(hf_files(config.model.hf_path)))
-    directory, loaded = own["checkpoint"]["save"], own["checkpoint"]["load"]
-    if resumes and not own["resume_changed"]:
-        check_record(Path(loaded or directory), settings, "", "Give it another checkpoint.save")
-    if directory is not None:
-        write_record(Path(directory), settings)
 
 
 def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:
@@ -130,45 +99,6 @@ def _callbacks(step: Any, bridge: Any, config: DictConfig) -> Any:
     callbacks.register("on_train_end", save)
     callbacks.register("on_eval_end", begin_anew)
     return callbacks
-
-
-def check_settings(config: DictConfig) -> DistillationConfig:
-    """Check what can be checked before Bridge is imported.
-
-    Raises:
-        ValueError: A setting does not fit.
-    """
-    check_yaml_values(config, "bridge/train_kd_sft")
-    refuse_unknown_keys(config, _SECTIONS)
-    objective = config.knowledge_distillation
-    distillation = read_settings(DistillationConfig, objective, "knowledge_distillation")
-    for key in "train_caches", "validation_caches":
-        check_there(config.dataset[key], f"dataset.{key}")
-    if config.logger.wandb_project is not None:
-        check_installed("wandb", "logger.wandb_project", "null")
-    for key in "optimizer.min_lr", "scheduler.lr_warmup_init":
-        if (rate := OmegaConf.select(config, key)) > config.optimizer.lr:
-            raise ValueError(
-                f"{key}: expected at most optimizer.lr={config.optimizer.lr}, got {rate}"
-            )
-    if config.save_hf is not None:
-        config.save_hf = os.path.normpath(config.save_hf)
-        check_new_directory(config.save_hf, "save_hf")
-    for key in "load", "pretrained_checkpoint":
-        path = config.checkpoint.get(key)
-        if path is not None and not Path(path).is_dir():
-            raise ValueError(f"checkpoint.{key}: expected a directory, found no {path}")
-    if config.model.context_parallel_size > 1 and not config.model.calculate_per_token_loss:
-        raise ValueError(
-            "expected model.calculate_per_token_loss=true with model.context_parallel_size above "
-            "1, got false: a rank may have no supervised token of a micro batch"
-        )
-    if not (config.save_hf or config.checkpoint.save or config.train.train_iters == 0):
-        raise ValueError(
-            "expected save_hf=DIRECTORY or checkpoint.save=DIRECTORY, got neither: the run would "
-            "leave nothing"
-        )
-    return distillation
 
 
 def _container(config: DictConfig, provider: Any, distillation: DistillationConfig) -> Any:
@@ -214,6 +144,7 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
     )
     if config.resume_changed:
         container.scheduler.override_opt_param_scheduler = True
+        find_groups_by_kind()
     # Bridge leaves them null, and then multiplies null.
     for name in "start_weight_decay", "end_weight_decay":
         if getattr(container.scheduler, name) is None:

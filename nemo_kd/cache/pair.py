@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from nemo_kd.cache.layout import Array, pair_paths
+
+with warnings.catch_warnings():  # of extensions for which a cache has no use
+    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not")
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 # The start of an .idx: magic, version, element type, number of sequences, number of documents.
 _HEADER = struct.Struct("<9sQBQQ")

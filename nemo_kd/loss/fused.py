@@ -5,6 +5,8 @@ above. The work that is as wide as the vocabulary is an engine's: plain torch (e
 GPU, Triton's kernels (triton_kernels.py).
 """
 
+import contextlib
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +28,8 @@ from nemo_kd.loss.chunk import (
 from nemo_kd.loss.eager import EagerEngine
 from nemo_kd.loss.objective import KDLossConfig, forced_kernels, weighted_sum
 from nemo_kd.loss.prepare import Student
+
+HUGE_BYTES = 8 * 2**20  # from here on huge pages, of 2 MiB, are worth a system call
 
 
 class FusedLoss(torch.autograd.Function):
@@ -72,9 +76,24 @@ class FusedLoss(torch.autograd.Function):
             )
         logits, *fields = ctx.saved_tensors
         ctx.overwrote = ctx.inplace
-        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        out = logits.detach() if ctx.inplace else _fresh_like(logits)
         spread(ctx.engine, logits, Gradient(*fields), weights, out)
         return out, *(None,) * 5
+
+
+def _fresh_like(logits: Tensor) -> Tensor:
+    """torch.empty_like for the gradient; on Linux a large one on a CPU is in huge pages.
+
+    The first touch of its small pages would take as long as all the rest of forward and backward.
+    """
+    on_linux = hasattr(mmap, "MADV_HUGEPAGE")
+    if logits.device.type != "cpu" or logits.nbytes < HUGE_BYTES or not on_linux:
+        return torch.empty_like(logits)
+    memory = mmap.mmap(-1, logits.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    strides = torch.empty_like(logits, device="meta").stride()
+    return torch.frombuffer(memory, dtype=logits.dtype).as_strided(logits.shape, strides)
 
 
 def measure(engine: Any, logits: Tensor, classes: Classes) -> Local:

@@ -30,6 +30,7 @@ from nemo_kd.nemo.parallel import (
 from nemo_kd.nemo.summary import Consumed
 from nemo_kd.student.model_loss import MicroBatch, ModelLoss
 from nemo_kd.student.rows import ROW_KEYS, scatter_rows
+from nemo_kd.student.slices import part_of_packs
 from nemo_kd.student.terms import (
     KD_TERMS,
     SFT_TERMS,
@@ -228,17 +229,11 @@ def slice_packed_rows(micro_batch: MicroBatch) -> None:
 
     NeMo does the same with its own keys afterwards.
     """
-    import transformer_engine_torch  # NeMo asks for it there as well
-
-    bounds = micro_batch.cu_seqlens[0]
-    bounds = bounds[: int(bounds.argmin())]  # on the host: the rest is padding
-    index = transformer_engine_torch.thd_get_partitioned_indices(
-        bounds.to(micro_batch.loss_mask.device, non_blocking=True),
-        micro_batch.loss_mask.shape[1],
+    rows = micro_batch.rows | {"loss_mask": micro_batch.loss_mask}
+    micro_batch.rows = part_of_packs(
+        rows,
+        micro_batch.cu_seqlens[0],
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_context_parallel_rank(),
     )
-    micro_batch.loss_mask = micro_batch.loss_mask.index_select(1, index)
-    micro_batch.rows = {
-        name: value.index_select(1, index) for name, value in micro_batch.rows.items()
-    }
+    micro_batch.loss_mask = micro_batch.rows.pop("loss_mask")

@@ -219,6 +219,7 @@ def tokenizer_of(config: DictConfig, path: Path) -> Any:
     from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 
     settings = config.tokenizer
+    library = settings["library"]
     with tempfile.TemporaryDirectory() as unpacked:
         if path.is_file():
             with tarfile.open(path) as nemo:
@@ -236,10 +237,10 @@ def tokenizer_of(config: DictConfig, path: Path) -> Any:
             if (name := settings.get(setting))
         }
         return get_nmt_tokenizer(
-            library=settings.library,
+            library=library,
             model_name=settings.get("type"),
             use_fast=settings.get("use_fast", False),
             special_tokens=settings.get("special_tokens"),
-            legacy=settings.get("sentencepiece_legacy", settings.library == "sentencepiece"),
+            legacy=settings.get("sentencepiece_legacy", library == "sentencepiece"),
             **files,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.cache import TopKCache
+from nemo_kd.cache.manifest import fingerprint_model
 
 _NAME = "settings.json"
 # Keys of `knowledge_distillation` that decide how the loss is computed, not what it is.
@@ -39,7 +40,7 @@ def settings_of(config: dict[str, Any], student: str) -> dict[str, Any]:
     scheduler = config["scheduler"]
     decay = {"lr_decay_iters": scheduler["lr_decay_iters"] or iterations}
     shape = {key: model[key] for key in ("seq_length", "calculate_per_token_loss")}
-    order = {key: dataset[key] for key in ("weights", "seed")}
+    order = {key: dataset[key] for key in ("weights", "seed", "packed_sequence")}
     return {
         "knowledge_distillation": objective_of(config["knowledge_distillation"]),
         "model": {"hf_path": student, **shape},
@@ -49,6 +50,27 @@ def settings_of(config: dict[str, Any], student: str) -> dict[str, Any]:
         "scheduler": scheduler | decay,
         "peft": config["peft"] if config["peft"]["peft_scheme"] else {},
     }
+
+
+def keep_record(config: dict[str, Any], student_files: Iterable[Path], resumes: bool) -> None:
+    """Keep beside the checkpoints what a run trains. Call it on rank 0 only.
+
+    Args:
+        config: As of `settings_of`; `checkpoint` and `resume_changed` are read of it as well.
+        student_files: The student as the run found it.
+        resumes: Whether there is a checkpoint to resume from.
+
+    Raises:
+        ValueError: The checkpoint to resume from is of a run with other settings.
+    """
+    if config["train"]["train_iters"] == 0:  # validates alone
+        return
+    settings = settings_of(config, fingerprint_model(student_files))
+    directory, loaded = config["checkpoint"]["save"], config["checkpoint"]["load"]
+    if resumes and not config["resume_changed"]:
+        check_record(Path(loaded or directory), settings, "", "Give it another checkpoint.save")
+    if directory is not None:
+        write_record(Path(directory), settings)
 
 
 def check_record(directory: Path, settings: dict[str, Any], above: str, remedy: str) -> None:
@@ -113,6 +135,18 @@ def renew_optimizer(param_groups: Iterable[dict[str, Any]], settings: Any) -> No
     }
     for group in param_groups:
         group.update({key: value for key, value in new.items() if key in group})
+
+
+def find_groups_by_kind() -> None:
+    """Let an optimizer take the parameter groups of a checkpoint whose learning rate is another.
+
+    Megatron Core 0.19 looks for a group also by its learning rates and its weight decay.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    kinds = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+    for module in (optimizer, distrib_optimizer):
+        module.param_group_identifier_keys = kinds
 
 
 def _as_stored(settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets import helpers_cpp
 from torch.utils.data import Dataset
+
+
+@dataclass(kw_only=True)
+class SetNames:
+    """The sets of a run: caches to train on, and caches and files to validate on."""
+
+    train_caches: list[str]
+    validation_caches: list[str] = field(default_factory=list)
+    validation_files: list[str] = field(default_factory=list)
+    names: list[str] | None = None
+    weights: list[float] | None = None
+
+    def check(self) -> None:
+        """Raise a ValueError if there are too few names or weights, or two names are equal."""
+        sets = [*self.validation_caches, *self.validation_files]
+        for key, paths in ("names", sets), ("weights", self.train_caches):
+            given = getattr(self, key)
+            if given is not None and len(given) != len(paths):
+                raise ValueError(
+                    f"dataset.{key}: expected one for each of {len(paths)} sets, got {len(given)}"
+                )
+        if len(set(self.set_names)) < len(self.set_names):
+            raise ValueError(f"dataset.names: expected distinct names, got {self.set_names}")
+
+    @property
+    def set_names(self) -> list[str]:
+        """Of the validation sets, as the logs have them."""
+        sets = (*self.validation_caches, *self.validation_files)
+        return self.names or [Path(path).name for path in sets]
 
 
 class Blend(Dataset[Any]):
@@ -31,10 +62,19 @@ class Blend(Dataset[Any]):
         self.datasets = [
             make(path, max_num_samples=count) for path, count in zip(paths, counts, strict=True)
         ]
-        self.collate_fn = self.datasets[0].collate_fn
 
     def __len__(self) -> int:
         return len(self._cache_of)
+
+    def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """A replica's whole global batch, which a host then cuts into micro batches.
+
+        Each of these has `whole_batch`, a dictionary, which is not cut: the supervised tokens of
+        every sample of the whole, [B].
+        """
+        collated: dict[str, Any] = self.datasets[0].collate_fn(batch)
+        num_supervised = collated["loss_mask"].count_nonzero(dim=1)
+        return collated | {"whole_batch": {"num_supervised": num_supervised}}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         dataset = self.datasets[self._cache_of[index]]

@@ -66,7 +66,8 @@ def share_of_weight(
     the sum of their weights, in all replicas. A collective of `data_group`.
 
     Args:
-        loss_mask: [B, S] of this replica's global batch, which is cut into equal micro batches.
+        loss_mask: [B, S] of this replica's global batch, which is cut into equal micro batches; or,
+            for "micro_batch", the supervised tokens of each sample, [B].
         num_micro_batches: into how many.
         reduction: of `micro_batch_weight`.
         data_group: the replicas.

@@ -88,21 +88,55 @@ def test_two_tensor_parallel_ranks_have_the_same_curve(
     assert cross_entropy(tmp_path / "hf", cache) == pytest.approx(validated, rel=1e-4)
 
 
+WHOLE = "peft.target_modules=[output_layer]"
+FUSED = "knowledge_distillation.fuse_output_layer=true"
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("model", "overrides", "message"),
     [
-        ("peft.target_modules=[q_proj]", "expected names of linear layers, got ['q_proj']"),
-        ("peft.peft_scheme=dora", "peft.peft_scheme: expected one of 'lora', or null"),
+        (
+            "tied",
+            ("peft.target_modules=[q_proj]",),
+            "expected names of linear layers, got ['q_proj']",
+        ),
+        (
+            "tied",
+            ("peft.peft_scheme=dora",),
+            "peft.peft_scheme: expected one of 'lora', or null",
+        ),
+        ("tied", (WHOLE,), "expected no output_layer, got one: its weight is the embedding's"),
+        (
+            "untied",
+            ("peft.target_modules=[linear_qkv,'*_layer']", FUSED),
+            "expected no output_layer, got one: knowledge_distillation.fuse_output_layer=true",
+        ),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(
-    override: str,
+    model: str,
+    overrides: tuple[str, ...],
     message: str,
     cache: Path,  # noqa: F811
     wide_llamas: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    arguments = train_arguments(wide_llamas["tied"], cache, tmp_path, *LORA, override)
+    arguments = train_arguments(wide_llamas[model], cache, tmp_path, *LORA, *overrides)
     output = run_example(TRAIN, *arguments, succeeds=False)
     assert message in output, output[-2000:]
     assert "Traceback" not in output
+
+
+def test_the_output_layer_has_an_adapter(
+    cache: Path,  # noqa: F811
+    wide_llamas: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    arguments = train_arguments(wide_llamas["untied"], cache, tmp_path, *LORA, WHOLE)
+    run_example(TRAIN, *arguments, f"save_hf={tmp_path / 'hf'}")
+    (validated,) = scalars(tmp_path)["sft_loss validation"][-1:]
+    assert cross_entropy(tmp_path / "hf", cache) == pytest.approx(validated, rel=1e-4)
+    before, after = saved(wide_llamas["untied"]), saved(tmp_path / "hf")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        "lm_head.weight"
+    ]

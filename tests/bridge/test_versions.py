@@ -16,6 +16,11 @@ NEWEST = "0.6.2"
 SOURCES = sorted((Path(__file__).parents[2] / "nemo_kd" / "bridge").glob("*.py"))
 # Modules that the newest release has under another name, which the code tries as well.
 RENAMED = {"megatron.bridge.data.datasets.sft": "megatron.bridge.data.datasets.gpt_sft"}
+MOVED = {
+    ("megatron.bridge.data.datasets.sft", "GPTSFTPackedDataset"): (
+        "megatron.bridge.data.packing.gpt_sft"
+    )
+}
 # Methods, fields and keywords, by the class or the module that has them: what is called on objects.
 SFT = "megatron.bridge.data.datasets.gpt_sft:GPTSFTDataset"
 AUTO = "megatron.bridge.models.conversion.auto_bridge:AutoBridge"
@@ -46,6 +51,10 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
         "_build_loss_mask": (),
         "_process_example": (),
         "_ceil_to_nearest": (),
+        "collate_fn": (),
+    },
+    "megatron.bridge.data.packing.gpt_sft:GPTSFTPackedDataset": {
+        **dict.fromkeys(("_load_dataset", "_build_samples_mapping", "_build_loss_mask"), ()),
         "collate_fn": (),
     },
     "megatron.bridge.data.datasets.utils:_OnlineSampleMapping": {"__init__": ("seed",)},
@@ -151,7 +160,7 @@ def imported() -> dict[tuple[str, str | None], str]:
 def missing_imports(wheel: Path) -> list[str]:
     missing = []
     for (name, attribute), source in imported().items():
-        tree = module(wheel, RENAMED.get(name, name))
+        tree = module(wheel, MOVED.get((name, str(attribute)), RENAMED.get(name, name)))
         is_module = module(wheel, f"{name}.{attribute}") is not None
         if tree is None or not (attribute is None or is_module or attribute in defined(tree)):
             missing.append(f"{source}: {name} {attribute or ''}")

@@ -6,14 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
-from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
-    GPTSFTChatDataset,
-)
-from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
@@ -24,22 +20,36 @@ from nemo_kd.chat import as_jsonl
 from nemo_kd.chat.lines import check_lines
 from nemo_kd.chat.samples import (
     cut_sample,
-    datasets_of,
     fingerprint_source,
     renderer_of,
     with_found_format,
 )
 from nemo_kd.config import DataConfig, read_settings
-from nemo_kd.nemo.nemo_file import read_tokenizer
-from nemo_kd.nemo.rendered import RenderedDataset
+
+
+class SampleHost(Protocol):
+    """What a host gives: nemo_kd.nemo.samples and nemo_kd.bridge.dataset are such modules."""
+
+    def read_tokenizer(self, path: Path, key: str) -> Any:
+        """The host's tokenizer; `key` is the option that named the path, for errors."""
+
+    def file_datasets(
+        self, data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile]
+    ) -> list[Any]:
+        """Each file of `data`, whose fingerprints are `sources`, as a dataset."""
 
 
 def differences(
-    cache: TopKCache, files: list[str], tokenizer_path: Path, chat_template: str | None = None
+    host: SampleHost,
+    cache: TopKCache,
+    files: list[str],
+    tokenizer_path: Path,
+    chat_template: str | None = None,
 ) -> Iterator[str]:
     """Yield a line for each difference between the cache and what is made of the files now.
 
     Args:
+        host: what makes the samples.
         files: the files, in the order that the dump read them.
         tokenizer_path: the teacher's or the student's .nemo, or a Hugging Face directory.
         chat_template: the file that the dump had as data.chat_template, if it had one.
@@ -48,7 +58,7 @@ def differences(
         ValueError: there is no such tokenizer, or no chat template.
     """
     manifest = cache.manifest
-    tokenizer = read_tokenizer(tokenizer_path, "--tokenizer")
+    tokenizer = host.read_tokenizer(tokenizer_path, "--tokenizer")
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
         yield f"{tokenizer_path}: another tokenizer than the one that the cache was made with"
         return
@@ -66,9 +76,9 @@ def differences(
         path = chat_template or tokenizer_path
         yield f"{cache.path}: made with another chat template than that of {path}"
         return
-    # NeMo trusts an index that it finds. In a directory of its own it finds none.
+    # A host trusts an index that it finds. In a directory of its own it finds none.
     with TemporaryDirectory() as index_dir:
-        samples = _samples(data, tokenizer, sources, index_dir)
+        samples = _samples(host, data, tokenizer, sources, index_dir)
         if len(samples) != len(cache):
             yield f"{cache.path}: {len(cache)} samples, in the source files {len(samples)}"
         for number in tqdm(range(min(len(samples), len(cache))), unit=" samples", disable=None):
@@ -85,13 +95,16 @@ def differences(
                     yield f"{cache.path}: sample {number}: {name} is not what the source gives"
 
 
-def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tuple[Any, Any, int]]:
+def samples_of(
+    host: SampleHost, path: str, overrides: list[str], tokenizer: Any
+) -> Iterator[tuple[Any, Any, int]]:
     """Yield tokens, loss mask and context length of each sample of a file, as the dump makes them.
 
     Args:
+        host: what makes the samples.
         path: the file.
         overrides: as on the dump's command line, `data.KEY=VALUE`.
-        tokenizer: NeMo's.
+        tokenizer: the host's.
 
     Raises:
         ValueError: a setting, or the file, does not fit.
@@ -107,7 +120,7 @@ def samples_of(path: str, overrides: list[str], tokenizer: Any) -> Iterator[tupl
     renderer = renderer_of(data, tokenizer)
     with TemporaryDirectory() as index_dir:
         check_lines(as_jsonl(path, index_dir), data, renderer)
-        samples = _samples(data, tokenizer, [fingerprint_source(path)], index_dir)
+        samples = _samples(host, data, tokenizer, [fingerprint_source(path)], index_dir)
         for number in range(len(samples)):
             yield cut_sample(samples[number], samples.datasets[0])
 
@@ -120,9 +133,12 @@ def token_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 
 
 def _samples(
-    data: DataConfig, tokenizer: Any, sources: Sequence[SourceFile], index_dir: str
+    host: SampleHost,
+    data: DataConfig,
+    tokenizer: Any,
+    sources: Sequence[SourceFile],
+    index_dir: str,
 ) -> ConcatDataset[Any]:
     """The samples of all files, as the dump builds them."""
-    classes = (GPTSFTDataset, GPTSFTChatDataset, RenderedDataset)
     own = replace(data, index_mapping_dir=index_dir)
-    return ConcatDataset(datasets_of(own, tokenizer, sources, classes))
+    return ConcatDataset(host.file_datasets(own, tokenizer, sources))
