@@ -31,6 +31,8 @@ ENTRIES = {
     "nemo-kd import-hf": "import_hf_llama",
     "export_hf_llama.py": "export_hf_llama",
     "nemo-kd export-hf": "export_hf_llama",
+    "generate_answers.py": "generate_answers",
+    "nemo-kd generate": "generate_answers",
 }
 CALL = re.compile(rf"(?:^|\s|/)({'|'.join(map(re.escape, ENTRIES))})\s+(\S.*)$")
 # What makes a command of the README a run of seconds, on a CPU and with tiny models.

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def _engine(
     config: DictConfig, settings: Settings, tokenizer: HfTokenizer, stops: tuple[str, ...], k: int
 ) -> Any:
     if config.engine == "server":
+        if find_spec("openai") is None:
+            raise ValueError("engine=server: expected the package openai; pip install openai==3.57.0")
         from nemo_kd.generate.server import Server
 
         return Server(settings.server, tokenizer, settings.sampling, stops, k)

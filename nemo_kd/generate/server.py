@@ -218,7 +218,7 @@ class Server:
         """A choice as an answer.
 
         Raises:
-            ValueError: Its ids are not those of its text, or its rows are none that the cache takes.
+            ValueError: Its ids are not those of its text, or a cache cannot take its rows.
         """
         try:
             ids = self._ids(choice)
@@ -226,7 +226,8 @@ class Server:
             rows = self._rows(ids, choice) if self._k else None
         except ValueError as error:
             raise ValueError(
-                f"{self._config.base_url}, prompt {request.prompt}, answer {request.answer}: {error}"
+                f"{self._config.base_url}, prompt {request.prompt}, answer {request.answer}: "
+                f"{error}"
             ) from error
         ids = self._tokenizer.text_to_ids(text) if ids is None else ids
         return Answer(request.prompt, request.answer, text, ids, choice["finish_reason"], rows)
@@ -248,8 +249,8 @@ class Server:
         )
         if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
             raise ValueError(
-                f"expected ids below {self._tokenizer.vocab_size}, got {max(ids)}; is model.hf_path "
-                "the tokenizer of the server's model?"
+                f"expected ids below {self._tokenizer.vocab_size}, got {max(ids)}; is "
+                "model.hf_path the tokenizer of the server's model?"
             )
         text = cut_at(self._tokenizer.ids_to_text(ids[:-1] if ended else ids), self._stops)
         theirs = choice["text"]
