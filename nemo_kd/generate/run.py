@@ -85,7 +85,9 @@ def _engine(
 ) -> Any:
     if config.engine == "server":
         if find_spec("openai") is None:
-            raise ValueError("engine=server: expected the package openai; pip install openai==3.57.0")
+            raise ValueError(
+                "engine=server: expected the package openai; pip install openai==3.57.0"
+            )
         from nemo_kd.generate.server import Server
 
         return Server(settings.server, tokenizer, settings.sampling, stops, k)
