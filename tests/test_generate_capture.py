@@ -9,7 +9,6 @@ import pytest
 from conftest import WORDS, save_llama
 from generation import K, arguments, capture, generate, lines
 from runs import (
-    MAX_SEQ_LENGTH,
     dump_arguments,
     run_example,
     scalars,
