@@ -61,7 +61,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     moments = (
         "nemo_kd.generate.parts:Parts.write#2",  # one block is there
         "nemo_kd.cache.writer:ShardWriter.add",
-        "nemo_kd.generate.parts:sync",  # only done.json is missing
+        "nemo_kd.generate.parts:Parts.finish",  # only done.json is missing
     )
     for moment in moments:
         script = (STOPPED_RUN, name, moment, 0, "generate_answers.py")
