@@ -67,7 +67,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     moments = (
         "nemo_kd.generate.parts:Parts.write#2",  # one block is there
         "nemo_kd.cache.writer:ShardWriter.add",
-        "nemo_kd.generate.parts:sync",  # only done.json is missing
+        "nemo_kd.generate.parts:Parts.finish",  # only done.json is missing
     )
     for moment in moments:
         script = (STOPPED_RUN, name, moment, 0, "generate_answers.py")
@@ -195,7 +195,7 @@ REFUSED = {
     "no server": (["engine=server"], "server.base_url: expected a text with engine=server"),
     "no URL": (
         ["engine=server", "server.model=x", "server.base_url=localhost:8000"],
-        "server.base_url: expected a URL such as http",
+        "server.base_url: localhost:8000: expected a server, got none",
     ),
     "an engine": (["engine=vllm"], "engine"),
     "too long": (["data.max_seq_length=256"], "expected at most 128, the model's max_position"),

@@ -9,10 +9,11 @@ from generation import TEMPLATE
 from omegaconf import OmegaConf
 from runs import write_jsonl
 
+from nemo_kd.chat.answers import answered
+from nemo_kd.chat.prompts import Prompts
 from nemo_kd.compare import samples_of
 from nemo_kd.config import DataConfig, read_settings
-from nemo_kd.generate.prompts import Prompts, answered
-from nemo_kd.generate.tokenizer import HfTokenizer
+from nemo_kd.hf_tokenizer import HfTokenizer
 from nemo_kd.runs import installed_host
 
 ANSWER = "gold entropy"
@@ -101,14 +102,17 @@ def test_a_prompt_is_what_the_dump_has_before_the_answer(
 ) -> None:
     """NeMo's own samples of the answered lines, cut where their last answer begins."""
     records, answer_of = FORMATS[name]
-    tokenizer, overrides = HfTokenizer(str(hf_llamas["tied"])), overrides_of(name, template)
+    tokenizer, overrides = (
+        HfTokenizer(str(hf_llamas["tied"]), "model.hf_path"),
+        overrides_of(name, template),
+    )
     overrides.append("data.max_seq_length=256")
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     given["data"]["file_names"] = [str(write_jsonl(tmp_path / "prompts.jsonl", records))]
-    prompts = Prompts(read_settings(DataConfig, given["data"], "data"), tokenizer, max_tokens=32)
+    prompts = Prompts(read_settings(DataConfig, given["data"], "data"), tokenizer)
     assert prompts.data.format == name.split()[0]
 
-    made = [answered(record, prompts.data, ANSWER, {}) for record in records]
+    made = [answered(record, prompts.data, ANSWER) for record in records]
     assert [answer_of(line) for line in made] == [ANSWER, ANSWER]
     assert [line.get("reference") for line in made] == [None, ASSISTANT]
     assert [line.get("system") for line in made] == [line.get("system") for line in records]
@@ -119,7 +123,7 @@ def test_a_prompt_is_what_the_dump_has_before_the_answer(
     samples = list(samples_of(host, str(path), overrides, own))
     assert len(samples) == len(records)
     for number, (tokens, mask, _) in enumerate(samples):
-        ids = prompts[number].ids
+        ids = prompts[number][1]
         assert tokens[: len(ids)].tolist() == ids
         learnt = np.flatnonzero(mask)
         assert learnt[-1] >= len(ids)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from nemo_kd.cache.layout import Array
+from nemo_kd.generate.settings import SamplingConfig
+from nemo_kd.hf_tokenizer import HfTokenizer
 
 
 class Rows(NamedTuple):
@@ -33,18 +35,39 @@ class Answer(NamedTuple):
     text: str = ""
     ids: list[int] = []  # noqa: RUF012  # as written, the end token included; never changed
     finish_reason: str = ""  # stop | length
-    rows: Rows | None = None
     failure: str = ""
     may_succeed_later: bool = False  # the server did not answer, or it was too busy
+    rows: Rows | None = None
+
+
+# Numbered ranges of answers, and what is called with each range's answers, in their order.
+Blocks = Iterable[tuple[int, list[Request]]]
+Done = Callable[[int, list[Answer]], None]
+
+
+class Wanted(NamedTuple):
+    """How every answer of a run is written."""
+
+    tokenizer: HfTokenizer  # the model's
+    sampling: SamplingConfig
+    stops: tuple[str, ...]  # the texts that end an answer
+    k: int  # entries of a row; 0 captures none
 
 
 class Engine(Protocol):
-    """Writes answers. Blocks are numbered; each is a fixed range of answers."""
+    """Writes answers."""
 
-    def fill(
-        self,
-        blocks: Sequence[int],
-        requests_of: Callable[[int], list[Request]],
-        done: Callable[[int, list[Answer]], None],
-    ) -> None:
-        """Call `done` with each block's answers, in the order of its requests."""
+    @property
+    def fingerprint(self) -> str:
+        """Of what shapes the model's distributions."""
+
+    def open(self, max_seq_length: int) -> None:
+        """Make ready to write, and refuse what does not fit."""
+
+    def fill(self, blocks: Blocks, done: Done) -> None:
+        """Write the blocks, in any order."""
+
+
+def cut_at(text: str, stops: tuple[str, ...]) -> str:
+    """The text before the first of `stops`."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,8 +22,6 @@ from nemo_kd.generate.answers import Answer, Rows
 from nemo_kd.student.run_record import changes
 
 _SETTINGS, _DONE, _CLAIM = "settings.json", "done.json", ".tmp-claim"
-# The fields of an answer that stand in the JSON of its part.
-_FIELDS = ("prompt", "answer", "text", "finish_reason", "failure")
 
 
 class Parts:
@@ -40,20 +39,20 @@ class Parts:
             ValueError: The output exists and no run is recorded beside it; the recorded run has
                 other settings; or its output is gone.
         """
-        record = self.path / _SETTINGS
+        before = self._read(_SETTINGS)
         again = f"delete {self.path} and the output, or choose another output"
-        if not record.exists():
+        if before is None:
             if self.output.exists():
                 raise ValueError(
                     f"output: expected a new file, but {self.output} exists and {self.path} does "
                     "not say how it was made; choose another output"
                 )
-            if not os.access(_lowest(self.output.parent), os.W_OK | os.X_OK):
+            there = next(each for each in self.output.parents if each.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
                 raise ValueError(f"output: expected a directory to write in, got {self.output}")
-            return
-        if changed := changes(_read(record), settings):
+        elif changed := changes(before, settings):
             raise ValueError(f"{self.output} was begun with other settings: {changed}; {again}")
-        if self.done() is not None and not self.output.exists():
+        elif self.done() is not None and not self.output.exists():
             raise ValueError(
                 f"{self.path} says that {self.output} is whole, but it is gone; {again}"
             )
@@ -61,16 +60,16 @@ class Parts:
     def begin(self, settings: dict[str, Any]) -> None:
         """Make the directory, and record the settings."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / _SETTINGS).exists():
-            self._publish(_SETTINGS, json.dumps(settings, indent=2, sort_keys=True).encode())
+        if self._read(_SETTINGS) is None:
+            self._publish(_SETTINGS, settings)
 
     def done(self) -> dict[str, Any] | None:
         """What `finish` was told; None if the output is not whole."""
-        return _read(self.path / _DONE) if (self.path / _DONE).exists() else None
+        return self._read(_DONE)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record that the output is whole, and remove the blocks."""
-        self._publish(_DONE, json.dumps(summary, indent=2).encode())
+        self._publish(_DONE, summary)
         self.clean()
 
     def clean(self) -> None:
@@ -86,52 +85,46 @@ class Parts:
 
     def write(self, block: int, answers: list[Answer]) -> None:
         """Publish a block, whole or not at all."""
-        lines = [{name: getattr(answer, name) for name in _FIELDS} for answer in answers]
-        arrays = {"lines": np.frombuffer(json.dumps(lines).encode(), np.uint8)}
-        arrays["lengths"] = np.array([len(answer.ids) for answer in answers], np.int64)
-        arrays["ids"] = np.array([i for answer in answers for i in answer.ids], np.int32)
-        rows = [answer.rows for answer in answers if answer.rows is not None]
-        if rows:
-            arrays |= {
-                name: np.concatenate([getattr(each, name) for each in rows])
-                for name in Rows._fields
-            }
-        temporary = self.path / f"{block:05d}.tmp"
-        with open(temporary, "wb") as file:
+        lines = [answer._replace(rows=None)._asdict() for answer in answers]
+        arrays = {"answers": np.frombuffer(json.dumps(lines).encode(), np.uint8)}
+        if rows := [answer.rows for answer in answers if answer.rows is not None]:
+            joined = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+            arrays |= dict(zip(Rows._fields, joined, strict=True))
+        with self.new(self.path / f"{block:05d}.npz") as file:
             np.savez(file, **arrays)
-        self._rename(temporary, f"{block:05d}.npz")
 
     def read(self, num_blocks: int) -> Iterator[Answer]:
         """The answers of all blocks, in their order."""
         for block in range(num_blocks):
             with np.load(self.path / f"{block:05d}.npz", allow_pickle=False) as file:
                 arrays = dict(file)
-            lines, ends = json.loads(arrays["lines"].tobytes()), arrays["lengths"].cumsum()
-            has_rows = "topk_ids" in arrays
-            for line, end, length in zip(lines, ends, arrays["lengths"], strict=True):
-                part = slice(end - length, end)
-                rows = Rows(*(arrays[name][part] for name in Rows._fields)) if has_rows else None
-                yield Answer(**line, ids=arrays["ids"][part].tolist(), rows=rows)
+            rows = [arrays[name] for name in Rows._fields if name in arrays]
+            end = 0
+            for line in json.loads(arrays["answers"].tobytes()):
+                answer = Answer(**line)
+                start, end = end, end + len(answer.ids)
+                own = Rows(*(part[start:end] for part in rows)) if rows else None
+                yield answer._replace(rows=own)
 
-    def _publish(self, name: str, content: bytes) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_bytes(content + b"\n")
-        self._rename(temporary, name)
-
-    def _rename(self, temporary: Path, name: str) -> None:
+    @contextmanager
+    def new(self, path: Path) -> Iterator[BinaryIO]:
+        """A file that stands at `path`, whole, once the context has ended without an exception."""
+        temporary = self.path / f"{path.name}.tmp"
+        with open(temporary, "wb") as file:
+            yield file
         sync(temporary)
-        os.replace(temporary, self.path / name)
-        sync(self.path)
+        os.replace(temporary, path)
+        sync(path.parent)
 
+    def _publish(self, name: str, content: dict[str, Any]) -> None:
+        with self.new(self.path / name) as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 
-def _lowest(path: Path) -> Path:
-    return next(each for each in (path, *path.parents) if each.exists())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; delete {path.parent} to begin anew"
-        ) from error
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            return dict(json.loads(path.read_bytes())) if path.exists() else None
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}; delete {self.path} to begin anew"
+            ) from error

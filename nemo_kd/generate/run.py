@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -13,20 +12,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from nemo_kd.cache import Sample
-from nemo_kd.cache.layout import MANIFEST_NAME
+from nemo_kd.cache import CacheWriter, Sample
+from nemo_kd.cache.importing import manifest_of
 from nemo_kd.cache.lease import Lease
 from nemo_kd.cache.manifest import tokenizer_fingerprint
-from nemo_kd.cache.pair import sync
-from nemo_kd.generate.answers import Answer, Request
-from nemo_kd.generate.capture import manifest_of, sample_of, write_cache
+from nemo_kd.chat.answers import GENERATION, answered
+from nemo_kd.chat.prompts import Prompts
+from nemo_kd.generate.answers import Answer, Engine, Request, Wanted
 from nemo_kd.generate.parts import Parts
-from nemo_kd.generate.prompts import Prompts, answered
-from nemo_kd.generate.settings import Settings, read_all
-from nemo_kd.generate.tokenizer import HfTokenizer
+from nemo_kd.generate.settings import CaptureConfig, ServerConfig, Settings, read_all
+from nemo_kd.hf_tokenizer import HfTokenizer
 
 _TOO_LONG = "the prompt leaves no room for sampling.max_tokens in data.max_seq_length"
 _NUM_LISTED = 10
@@ -40,16 +39,25 @@ def generate_answers(config: DictConfig) -> None:
             fit; what was written stays.
     """
     settings = read_all(config)
-    tokenizer = HfTokenizer(config.model.hf_path)
-    _check_capture(settings, tokenizer, str(config.output))
-    prompts = Prompts(settings.data, tokenizer, settings.sampling.max_tokens)
+    tokenizer = HfTokenizer(config.model.hf_path, "model.hf_path")
+    _check_capture(settings.capture, tokenizer.vocab_size, config.output)
+    prompts = Prompts(settings.data, tokenizer)
     stops = (*settings.sampling.stop, *prompts.stops)
     k = settings.capture.k if settings.capture.path else 0
-    engine = _engine(config, settings, tokenizer, stops, k)
-    record = _record(config, settings, prompts, tokenizer, engine.fingerprint)
-    parts = Parts(config.output)
+    wanted = Wanted(tokenizer, settings.sampling, stops, k)
+    engine = _engine(config, settings.server, wanted)
+    record = {  # what the answers are made of
+        "engine": config.engine,
+        "model": engine.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "data": prompts.shaping,
+        "sampling": asdict(settings.sampling),
+        "batch_size": config.batch_size,  # a part is a block
+        "capture": asdict(settings.capture) if settings.capture.path else None,
+    }
+    run = Run(Parts(config.output), prompts, settings, tokenizer, record)
+    parts = run.parts
     parts.check(record)
-    run = Run(parts, prompts, settings, tokenizer, record)
     if (summary := parts.done()) is not None:
         parts.clean()
         print(f"{parts.output}: whole already; {_told(summary)}")
@@ -65,59 +73,41 @@ def generate_answers(config: DictConfig) -> None:
         run.finish()
 
 
-def _check_capture(settings: Settings, tokenizer: HfTokenizer, output: str) -> None:
-    capture = settings.capture
+def _engine(config: DictConfig, server: ServerConfig, wanted: Wanted) -> Engine:
+    if config.engine == "server":
+        if find_spec("openai") is None:
+            raise ValueError("engine=server: found no openai; pip install 'nemo-kd[generate]'")
+        from nemo_kd.generate.server import Server
+
+        return Server(server, wanted)
+    from nemo_kd.generate.embedded import Transformers
+
+    return Transformers(config.model, config.device, wanted)
+
+
+def _check_capture(capture: CaptureConfig, vocab_size: int, output: str) -> None:
+    """Refuse a cache that cannot be written, before anything is generated.
+
+    Raises:
+        ValueError: The vocabulary has fewer tokens than a row entries, or the directory is used.
+    """
     if capture.path is None:
         return
-    if capture.k > tokenizer.vocab_size:
+    if capture.k > vocab_size:
         raise ValueError(
-            f"capture.k: expected at most {tokenizer.vocab_size}, the vocabulary's size, got "
-            f"{capture.k}"
+            f"capture.k: expected at most {vocab_size}, the vocabulary's size, got {capture.k}"
         )
-    path = Path(capture.path)
-    resumes = (path / MANIFEST_NAME).exists() and Path(f"{output}.parts").exists()
+    path, resumes = Path(capture.path), Path(f"{output}.parts").exists()
     if path.exists() and not resumes and any(path.iterdir() if path.is_dir() else [path]):
         raise ValueError(f"capture.path: expected a new directory, but {path} exists")
 
 
-def _engine(
-    config: DictConfig, settings: Settings, tokenizer: HfTokenizer, stops: tuple[str, ...], k: int
-) -> Any:
-    if config.engine == "server":
-        if find_spec("openai") is None:
-            raise ValueError(
-                "engine=server: expected the package openai; pip install openai==3.57.0"
-            )
-        from nemo_kd.generate.server import Server
-
-        return Server(settings.server, tokenizer, settings.sampling, stops, k)
-    from nemo_kd.generate.embedded import Transformers
-
-    return Transformers(config.model, config.device, tokenizer, settings.sampling, stops, k)
-
-
-def _record(
-    config: DictConfig,
-    settings: Settings,
-    prompts: Prompts,
-    tokenizer: HfTokenizer,
-    fingerprint: str,
-) -> dict[str, Any]:
-    """What the answers are made of. A part is made by one block, so its size belongs to it."""
-    capture = settings.capture
-    return {
-        "engine": config.engine,
-        "model": fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": prompts.shaping,
-        "sampling": asdict(settings.sampling) | {"stop": list(settings.sampling.stop)},
-        "batch_size": config.batch_size,
-        "capture": asdict(capture) if capture.path else None,
-    }
-
-
 class Run:
-    """The answers of a run: `batch_size` of them are a block, which is a part of the output."""
+    """The answers of a run: `batch_size` of them are a block, which is a part of the output.
+
+    Raises:
+        ValueError: No prompt leaves room for an answer.
+    """
 
     def __init__(
         self,
@@ -127,42 +117,32 @@ class Run:
         tokenizer: HfTokenizer,
         record: dict[str, Any],
     ) -> None:
-        self._parts, self._prompts, self._settings = parts, prompts, settings
+        self.parts = parts
+        self._prompts, self._settings = prompts, settings
         self._tokenizer, self._record = tokenizer, record
-        self._num_answers = len(prompts) * settings.sampling.n
+        num_tokens, most = settings.sampling.max_tokens, settings.data.max_seq_length
+        has_room = prompts.lengths + num_tokens <= most
+        if not has_room.any():
+            raise ValueError(
+                f"data.max_seq_length: expected room for the shortest prompt "
+                f"({prompts.lengths.min()} tokens) and sampling.max_tokens={num_tokens}, got {most}"
+            )
+        self._answered, self._too_long = np.flatnonzero(has_room), np.flatnonzero(~has_room)
+        self._num_answers = len(self._answered) * settings.sampling.n
         self._block_size = record["batch_size"]
         self.num_blocks = -(-self._num_answers // self._block_size)
 
-    def _answers_of(self, block: int) -> range:
-        start = block * self._block_size
-        return range(start, min(start + self._block_size, self._num_answers))
-
     def _requests(self, block: int) -> list[Request]:
-        """Those answers of a block whose prompt leaves room for them."""
+        start, sampling = block * self._block_size, self._settings.sampling
         requests = []
-        for number in self._answers_of(block):
-            prompt, answer = divmod(number, self._settings.sampling.n)
-            if not self._prompts.is_too_long[prompt]:
-                seed = self._settings.sampling.seed_of(prompt, answer)
-                requests.append(Request(prompt, answer, self._prompts[prompt].ids, seed))
+        for number in range(start, min(start + self._block_size, self._num_answers)):
+            place, answer = divmod(number, sampling.n)
+            prompt = int(self._answered[place])
+            seed = sampling.seed_of(prompt, answer)
+            requests.append(Request(prompt, answer, self._prompts[prompt][1], seed))
         return requests
 
-    def _with_too_long(self, block: int, answers: list[Answer]) -> list[Answer]:
-        """All answers of a block, in their order; those without text are failures."""
-        written = iter(answers)
-        whole = []
-        for number in self._answers_of(block):
-            prompt, answer = divmod(number, self._settings.sampling.n)
-            if self._prompts.is_too_long[prompt]:
-                whole.append(Answer(prompt, answer, failure=_TOO_LONG))
-                continue
-            each = next(written)
-            each = each._replace(text=self._prompts.clean(each.text))
-            is_empty = not each.failure and not each.text.strip()
-            whole.append(Answer(prompt, answer, failure="an empty answer") if is_empty else each)
-        return whole
-
-    def fill(self, engine: Any, missing: list[int]) -> None:
+    def fill(self, engine: Engine, missing: list[int]) -> None:
         """Write the missing blocks.
 
         Those in which a request failed that may succeed later come last: if the run stops, because
@@ -171,9 +151,9 @@ class Run:
         held: list[tuple[int, list[Answer]]] = []
         num_tokens, start_s = 0, time.monotonic()
         bar = tqdm(
-            desc=self._parts.output.name,
+            desc=self.parts.output.name,
             total=self._num_answers,
-            initial=self._num_answers - sum(len(self._answers_of(block)) for block in missing),
+            initial=max(0, self._num_answers - len(missing) * self._block_size),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} answers [{elapsed}<{remaining}{postfix}]",
             disable=None,
             dynamic_ncols=True,
@@ -186,65 +166,87 @@ class Run:
             num_tokens += sum(len(answer.ids) for answer in answers)
             rate = num_tokens / (time.monotonic() - start_s)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(len(self._answers_of(block)))
-            whole = self._with_too_long(block, answers)
-            if any(answer.may_succeed_later for answer in whole):
-                held.append((block, whole))
+            bar.update(len(answers))
+            if any(answer.may_succeed_later for answer in answers):
+                held.append((block, answers))
             else:
-                self._parts.write(block, whole)
+                self.parts.write(block, answers)
 
         with bar:
-            engine.fill(missing, self._requests, done)
-        for block, whole in held:
-            self._parts.write(block, whole)
+            engine.fill(((block, self._requests(block)) for block in missing), done)
+        for block, answers in held:
+            self.parts.write(block, answers)
+
+    def _answers(self) -> Iterator[Answer]:
+        """All answers; those without text are failures."""
+        for answer in self.parts.read(self.num_blocks):
+            text = self._prompts.clean(answer.text)
+            is_empty = not answer.failure and not text.strip()
+            failure = "an empty answer" if is_empty else answer.failure
+            yield answer._replace(text=text, failure=failure)
 
     def finish(self) -> None:
         """Join the blocks to the output, write the cache, and say what there is."""
-        output = self._parts.output
-        temporary = self._parts.path / f"{output.name}.tmp"
-        failures, num_answers, longest = [], 0, 0
+        output, n = self.parts.output, self._settings.sampling.n
+        failures = [[int(prompt), i, _TOO_LONG] for prompt in self._too_long for i in range(n)]
         reasons: Counter[str] = Counter()
-        with open(temporary, "w", encoding="utf-8") as file:
-            for answer in self._parts.read(self.num_blocks):
+        lengths: list[int] = []
+        with self.parts.new(output) as file:
+            for answer in self._answers():
                 if answer.failure:
                     failures.append([answer.prompt, answer.answer, answer.failure])
                     continue
                 record, ids = self._prompts[answer.prompt]
-                generation = {
-                    "prompt": answer.prompt,
-                    "answer": answer.answer,
-                    "finish_reason": answer.finish_reason,
-                    "num_tokens": len(answer.ids),
-                }
-                line = answered(record, self._prompts.data, answer.text, generation)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                num_answers += 1
+                told = {name: getattr(answer, name) for name in ("prompt", "answer")}
+                told |= {"finish_reason": answer.finish_reason, "num_tokens": len(answer.ids)}
+                line = answered(record, self._prompts.data, answer.text) | {GENERATION: told}
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 reasons[answer.finish_reason] += 1
-                longest = max(longest, len(ids) + len(answer.ids))
-        if not num_answers:
-            temporary.unlink()
-            raise ValueError(f"{output}: there is no answer: {_told_failures(failures)}")
-        sync(temporary)
-        os.replace(temporary, output)
-        capture = self._settings.capture
-        if capture.path:
-            made = (capture, self._tokenizer, self._record, output, num_answers, longest)
-            write_cache(capture.path, manifest_of(*made), self._samples())
-            print(f"{capture.path}: a cache of {num_answers} samples")
-        summary = {"answers": num_answers, "reasons": dict(reasons), "failures": failures}
-        self._parts.finish(summary)
+                lengths.append(len(ids) + len(answer.ids))
+            if not reasons:
+                raise ValueError(f"{output}: there is no answer: {_told_failures(failures)}")
+        if self._settings.capture.path:
+            self._write_cache(lengths)
+        summary = {"reasons": dict(reasons), "failures": sorted(failures)}
+        self.parts.finish(summary)
         print(f"{output}: {_told(summary)}")
 
-    def _samples(self) -> Iterator[Sample]:
-        for answer in self._parts.read(self.num_blocks):
-            if not answer.failure:
-                yield sample_of(self._prompts[answer.prompt].ids, answer)
+    def _write_cache(self, lengths: list[int]) -> None:
+        """Sample i is line i of the output, which has `lengths[i]` tokens."""
+        capture = self._settings.capture
+        manifest = manifest_of(
+            self._tokenizer,
+            [self.parts.output],
+            lengths,
+            selection={"kind": "top_k", "k": capture.k, "temperature": 1.0},
+            teacher_fingerprint=self._record["model"],
+            # Where rows and tokens come from: no dataset has made them of the lines.
+            dataset={"captured": {k: v for k, v in self._record.items() if k != "capture"}},
+            samples_per_shard=capture.samples_per_shard,
+            codec=capture.codec,
+        )
+        samples = (
+            _sample(self._prompts[answer.prompt][1], answer)
+            for answer in self._answers()
+            if not answer.failure
+        )
+        CacheWriter.open(str(capture.path), manifest).fill(samples)
+        print(f"{capture.path}: a cache of {len(lengths)} samples")
+
+
+def _sample(prompt: list[int], answer: Answer) -> Sample:
+    """The tokens of prompt and answer, the answer's learnt, with its rows."""
+    assert answer.rows is not None
+    tokens = np.array(prompt + answer.ids, np.int32)
+    mask = np.zeros(len(tokens), np.uint8)
+    mask[len(prompt) :] = 1
+    return Sample(tokens, mask, *answer.rows, len(prompt))
 
 
 def _told(summary: dict[str, Any]) -> str:
-    cut = summary["reasons"].get("length", 0)
-    text = f"{summary['answers']} answers, {cut} of them cut at sampling.max_tokens"
-    failures = summary["failures"]
+    reasons, failures = summary["reasons"], summary["failures"]
+    cut = reasons.get("length", 0)
+    text = f"{sum(reasons.values())} answers, {cut} of them cut at sampling.max_tokens"
     return f"{text}; {_told_failures(failures)}" if failures else f"{text}; no failures"
 
 

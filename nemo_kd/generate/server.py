@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
-from nemo_kd.cache.importing import token_id, top_row
-from nemo_kd.generate.answers import Answer, Request, Rows
-from nemo_kd.generate.settings import SamplingConfig, ServerConfig
-from nemo_kd.generate.tokenizer import HfTokenizer, cut_at
+from nemo_kd.cache.importing import token_id, top_rows
+from nemo_kd.generate.answers import Answer, Blocks, Done, Request, Rows, Wanted, cut_at
+from nemo_kd.generate.settings import ServerConfig
 
 # What the server would otherwise take of the model's generation_config.json. It ignores the keys
 # that it does not know. The ids of what it wrote need the special tokens in its text.
@@ -40,22 +38,12 @@ class Server:
 
     Args:
         config: Where it is and how it is asked.
-        tokenizer: The model's.
-        sampling: How answers are drawn.
-        stops: The texts that end an answer.
-        k: Entries of a row; 0 captures none.
+        wanted: How answers are written.
     """
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        tokenizer: HfTokenizer,
-        sampling: SamplingConfig,
-        stops: tuple[str, ...],
-        k: int,
-    ) -> None:
-        self._config, self._tokenizer, self._sampling = config, tokenizer, sampling
-        self._stops, self._k = stops, k
+    def __init__(self, config: ServerConfig, wanted: Wanted) -> None:
+        self._config = config
+        self._tokenizer, self._sampling, self._stops, self._k = wanted
         self._num_failed = 0
 
     @property
@@ -119,50 +107,38 @@ class Server:
         config = self._config
         return AsyncOpenAI(
             base_url=config.base_url,
-            api_key=os.environ.get(config.api_key_variable) or "none",
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=config.max_retries,
             timeout=config.timeout_s,
         )
 
-    def fill(
-        self,
-        blocks: Sequence[int],
-        requests_of: Callable[[int], list[Request]],
-        done: Callable[[int, list[Answer]], None],
-    ) -> None:
-        """Write the blocks in the order in which the server completes them.
+    def fill(self, blocks: Blocks, done: Done) -> None:
+        """Write the blocks; `done` is called in the order in which the server completes them.
 
         Raises:
             ValueError: More requests failed for good than `server.max_failures`, or an answer shows
                 that the server does not do what `open` saw.
         """
-        asyncio.run(self._fill(blocks, requests_of, done))
+        asyncio.run(self._fill(blocks, done))
 
-    async def _fill(
-        self,
-        blocks: Sequence[int],
-        requests_of: Callable[[int], list[Request]],
-        done: Callable[[int, list[Answer]], None],
-    ) -> None:
+    async def _fill(self, blocks: Blocks, done: Done) -> None:
         gate = asyncio.Semaphore(self._config.max_in_flight)
         async with self._client() as client:
 
-            async def block_of(block: int, requests: list[Request]) -> tuple[int, list[Answer]]:
+            async def write(block: int, requests: list[Request]) -> None:
                 answers = (self._answer(client, gate, request) for request in requests)
-                return block, list(await asyncio.gather(*answers))
+                done(block, list(await asyncio.gather(*answers)))
 
-            running: set[asyncio.Task[tuple[int, list[Answer]]]] = set()
-            for block in blocks:
-                requests = requests_of(block)
-                running.add(asyncio.create_task(block_of(block, requests)))
+            running: set[asyncio.Task[None]] = set()
+            for block, requests in blocks:
+                running.add(asyncio.create_task(write(block, requests)))
                 # One more than fill the flight, so that it stays full when one of them ends.
-                most = 1 + self._config.max_in_flight // max(1, len(requests))
-                while len(running) > (0 if block == blocks[-1] else most):
+                if len(running) > 1 + self._config.max_in_flight // len(requests):
                     ended, running = await asyncio.wait(
                         running, return_when=asyncio.FIRST_COMPLETED
                     )
-                    for task in ended:
-                        done(*task.result())
+                    await asyncio.gather(*ended)  # raises what one of them raised
+            await asyncio.gather(*running)
 
     async def _answer(
         self, client: AsyncOpenAI, gate: asyncio.Semaphore, request: Request
@@ -221,7 +197,7 @@ class Server:
             ValueError: Its ids are not those of its text, or a cache cannot take its rows.
         """
         try:
-            ids = self._ids(choice)
+            ids = _ids(choice)
             text = choice["text"] if ids is None else self._text(ids, choice)
             rows = self._rows(ids, choice) if self._k else None
         except ValueError as error:
@@ -230,42 +206,29 @@ class Server:
                 f"{error}"
             ) from error
         ids = self._tokenizer.text_to_ids(text) if ids is None else ids
-        return Answer(request.prompt, request.answer, text, ids, choice["finish_reason"], rows)
-
-    def _ids(self, choice: dict[str, Any]) -> list[int] | None:
-        """The ids of the written tokens; None if the server does not give them."""
-        if choice.get("token_ids") is not None:
-            return list(choice["token_ids"])
-        tokens = (choice.get("logprobs") or {}).get("tokens")
-        try:
-            return [token_id(token) for token in tokens] if tokens else None
-        except ValueError:
-            return None
+        reason = choice["finish_reason"]
+        return Answer(request.prompt, request.answer, text, ids, reason, rows=rows)
 
     def _text(self, ids: list[int], choice: dict[str, Any]) -> str:
         """The text of the ids, which must be the server's."""
+        decode, theirs = self._tokenizer.ids_to_text, choice["text"]
+        remedy = "is model.hf_path the tokenizer of the server's model?"
+        if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
+            raise ValueError(
+                f"expected ids below {self._tokenizer.vocab_size}, got {max(ids)}; {remedy}"
+            )
         ended = (
             choice["finish_reason"] == "stop" and ids[-1:] and ids[-1] in self._tokenizer.end_ids
         )
-        if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
+        text = cut_at(decode(ids[:-1] if ended else ids), self._stops)
+        # A server may leave out the special tokens.
+        plain = cut_at(decode(ids, skip_special_tokens=True), self._stops)
+        # It holds back the bytes of a character that is not whole.
+        if theirs.rstrip("\ufffd") not in (text.rstrip("\ufffd"), plain.rstrip("\ufffd")):
             raise ValueError(
-                f"expected ids below {self._tokenizer.vocab_size}, got {max(ids)}; is "
-                "model.hf_path the tokenizer of the server's model?"
-            )
-        text = cut_at(self._tokenizer.ids_to_text(ids[:-1] if ended else ids), self._stops)
-        theirs = choice["text"]
-        # A server holds back the bytes of a character that is not whole.
-        if text.rstrip("\ufffd") != theirs.rstrip("\ufffd") and not self._is_plain(ids, theirs):
-            raise ValueError(
-                f"its token ids are those of {text!r:.60}, but it wrote {theirs!r:.60}; is "
-                "model.hf_path the tokenizer of the server's model?"
+                f"its token ids are those of {text!r:.60}, but it wrote {theirs!r:.60}; {remedy}"
             )
         return text
-
-    def _is_plain(self, ids: list[int], theirs: str) -> bool:
-        """Whether the server's text is that of the ids without special tokens."""
-        plain = self._tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
-        return bool(cut_at(plain, self._stops).rstrip("\ufffd") == theirs.rstrip("\ufffd"))
 
     def _rows(self, ids: list[int] | None, choice: dict[str, Any]) -> Rows:
         if ids is None:
@@ -282,15 +245,18 @@ class Server:
                 f"expected {self._k} log-probs of each token, got {fewest}; lower capture.k, or "
                 "raise the server's limit (vLLM: --max-logprobs)"
             )
-        vocab_size = self._tokenizer.vocab_size
-        made = [top_row(top, i, self._k, vocab_size) for top, i in zip(tops, ids, strict=True)]
-        entries, log_probs, tails = zip(*made, strict=True) if made else ([], [], [])
-        shape = (len(ids), self._k)
-        return Rows(
-            np.array(entries, np.int32).reshape(shape),
-            np.array(log_probs, np.float32).reshape(shape),
-            np.array(tails, np.float32),
-        )
+        return Rows(*top_rows(tops, ids, self._k, self._tokenizer.vocab_size))
+
+
+def _ids(choice: dict[str, Any]) -> list[int] | None:
+    """The ids of the written tokens; None if the server does not give them."""
+    if choice.get("token_ids") is not None:
+        return list(choice["token_ids"])
+    tokens = (choice.get("logprobs") or {}).get("tokens")
+    try:
+        return [token_id(token) for token in tokens] if tokens else None
+    except ValueError:
+        return None
 
 
 def _message(error: APIError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,7 +54,6 @@ class ServerConfig:
 
     base_url: str | None = None
     model: str | None = None
-    api_key_variable: str = "OPENAI_API_KEY"
     max_in_flight: int = 64
     max_retries: int = 8
     timeout_s: float = 600.0
@@ -103,9 +101,4 @@ def read_all(config: DictConfig) -> Settings:
         for name in ("base_url", "model"):
             if getattr(settings.server, name) is None:
                 raise ValueError(f"server.{name}: expected a text with engine=server, got null")
-        if not re.match(r"https?://", str(settings.server.base_url)):
-            raise ValueError(
-                "server.base_url: expected a URL such as http://localhost:8000/v1, got "
-                f"{settings.server.base_url!r}"
-            )
     return settings
