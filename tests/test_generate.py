@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_llama
 from generation import (
     RECORDS,
     arguments,
@@ -212,6 +213,15 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=re.escape(error)):
         call([*run, *change])
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_a_model_of_fewer_tokens_than_its_tokenizer_is_refused(
+    hf_tokenizer: Any, tmp_path: Path
+) -> None:
+    save_llama(tmp_path / "small", hf_tokenizer, True, 1, len(hf_tokenizer) - 1)
+    run = arguments(tmp_path / "small", write_prompts(tmp_path), tmp_path / "answers.jsonl")
+    with pytest.raises(ValueError, match="expected a model of its tokenizer's 401 tokens, got 400"):
+        call(run)
 
 
 def test_what_another_run_wrote_is_not_overwritten(

@@ -67,7 +67,8 @@ class Transformers:
         """Read the weights.
 
         Raises:
-            ValueError: The model's positions end before `max_seq_length`.
+            ValueError: The model's positions end before `max_seq_length`, or it has fewer tokens
+                than its tokenizer.
         """
         model: Any = AutoModelForCausalLM.from_pretrained(
             self._path, torch_dtype=getattr(torch, self._dtype)
@@ -77,6 +78,11 @@ class Transformers:
             raise ValueError(
                 f"data.max_seq_length: expected at most {longest}, the model's "
                 f"max_position_embeddings, got {max_seq_length}"
+            )
+        rows, own = model.get_output_embeddings().weight.shape[0], self._tokenizer.vocab_size
+        if rows < own:
+            raise ValueError(
+                f"model.hf_path: expected a model of its tokenizer's {own} tokens, got {rows}"
             )
         self._model = model.to(self._device).eval()
 
