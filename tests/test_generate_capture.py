@@ -116,7 +116,7 @@ def test_verify_against_says_that_no_file_gives_its_tokens(
     assert main(["verify", cache, *against]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "its tokens are those that a model wrote" in error
+    assert "captured while the answers were written, and no file gives its tokens" in error
     assert "verify it without --against" in error
 
 
