@@ -70,6 +70,21 @@ def manifest_of(
     )
 
 
+def answer_sample(
+    prompt: Sequence[int], answer: Sequence[int], rows: tuple[Array, Array, Array]
+) -> Sample:
+    """The sample whose tokens are prompt and answer, the answer's learnt.
+
+    Args:
+        prompt: token ids.
+        answer: token ids.
+        rows: of the answer's tokens: ids [P, K], log-probs [P, K] and the tails' log-probs [P].
+    """
+    tokens = np.array([*prompt, *answer], np.int32)
+    mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.uint8)
+    return Sample(tokens, mask, *rows, len(prompt))
+
+
 def read_samples(path: Path, k: int, vocab_size: int) -> Iterator[Sample]:
     """Yield the samples of a file, with the k most probable entries of every row.
 

@@ -70,9 +70,8 @@ class Transformers:
             ValueError: The model's positions end before `max_seq_length`, or it has fewer tokens
                 than its tokenizer.
         """
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            self._path, torch_dtype=getattr(torch, self._dtype)
-        )
+        dtype = getattr(torch, self._dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(self._path, torch_dtype=dtype)
         longest = getattr(model.config, "max_position_embeddings", None) or max_seq_length
         if max_seq_length > longest:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from nemo_kd.cache import CacheWriter, Sample
-from nemo_kd.cache.importing import manifest_of
+from nemo_kd.cache import CacheWriter
+from nemo_kd.cache.importing import answer_sample, manifest_of
 from nemo_kd.cache.lease import Lease
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat.answers import GENERATION, answered
@@ -157,7 +156,6 @@ class Run:
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} answers [{elapsed}<{remaining}{postfix}]",
             disable=None,
             dynamic_ncols=True,
-            mininterval=1 if sys.stderr.isatty() else 30,
             smoothing=0,
         )
 
@@ -226,27 +224,17 @@ class Run:
             codec=capture.codec,
         )
         samples = (
-            _sample(self._prompts[answer.prompt][1], answer)
+            answer_sample(self._prompts[answer.prompt][1], answer.ids, answer.rows)
             for answer in self._answers()
-            if not answer.failure
+            if not answer.failure and answer.rows is not None
         )
         CacheWriter.open(str(capture.path), manifest).fill(samples)
         print(f"{capture.path}: a cache of {len(lengths)} samples")
 
 
-def _sample(prompt: list[int], answer: Answer) -> Sample:
-    """The tokens of prompt and answer, the answer's learnt, with its rows."""
-    assert answer.rows is not None
-    tokens = np.array(prompt + answer.ids, np.int32)
-    mask = np.zeros(len(tokens), np.uint8)
-    mask[len(prompt) :] = 1
-    return Sample(tokens, mask, *answer.rows, len(prompt))
-
-
 def _told(summary: dict[str, Any]) -> str:
-    reasons, failures = summary["reasons"], summary["failures"]
-    cut = reasons.get("length", 0)
-    text = f"{sum(reasons.values())} answers, {cut} of them cut at sampling.max_tokens"
+    reasons, failures = Counter(summary["reasons"]), summary["failures"]
+    text = f"{reasons.total()} answers, {reasons['length']} of them cut at sampling.max_tokens"
     return f"{text}; {_told_failures(failures)}" if failures else f"{text}; no failures"
 
 

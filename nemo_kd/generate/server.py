@@ -77,10 +77,8 @@ class Server:
             self._compare(rows[0], rows[1])
 
     def _compare(self, first: Rows, second: Rows) -> None:
-        one, other = (
-            dict(zip(row.topk_ids[0].tolist(), row.topk_log_probs[0].tolist(), strict=True))
-            for row in (first, second)
-        )
+        rows = (first, second)
+        one, other = (dict(zip(r.topk_ids[0], r.topk_log_probs[0], strict=True)) for r in rows)
         common = one.keys() & other.keys()
         apart = max((abs(one[each] - other[each]) for each in common), default=np.inf)
         mass = float(np.exp(first.topk_log_probs[0]).sum())
@@ -206,8 +204,7 @@ class Server:
                 f"{error}"
             ) from error
         ids = self._tokenizer.text_to_ids(text) if ids is None else ids
-        reason = choice["finish_reason"]
-        return Answer(request.prompt, request.answer, text, ids, reason, rows=rows)
+        return Answer(request.prompt, request.answer, text, ids, choice["finish_reason"], rows=rows)
 
     def _text(self, ids: list[int], choice: dict[str, Any]) -> str:
         """The text of the ids, which must be the server's."""

@@ -44,8 +44,7 @@ class SamplingConfig:
 
     def seed_of(self, prompt: int, answer: int) -> int:
         """The seed of one answer, below 2^31, which any server takes."""
-        digest = xxhash.xxh3_64_intdigest(f"{self.seed}/{prompt}/{answer}".encode())
-        return digest & (2**31 - 1)
+        return xxhash.xxh3_64_intdigest(f"{self.seed}/{prompt}/{answer}".encode()) & (2**31 - 1)
 
 
 @dataclass(frozen=True)
