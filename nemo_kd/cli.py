@@ -19,10 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nemo_kd.cache import CacheWriter, Manifest, Sample, TopKCache, inspection
-from nemo_kd.cache.importing import read_samples
+from nemo_kd.cache import CacheWriter, Sample, TopKCache, inspection
+from nemo_kd.cache.importing import manifest_of, read_samples
 from nemo_kd.cache.layout import MANIFEST_NAME
-from nemo_kd.cache.manifest import fingerprint_file, tokenizer_fingerprint, vocabulary_of
 from nemo_kd.runs import RUNS, installed_host, run
 
 
@@ -251,28 +250,17 @@ def _import(arguments: argparse.Namespace) -> int:
     if num_unsupervised == len(lengths):
         found = inspection.unsupervised(num_unsupervised, len(lengths)) if lengths else "none"
         raise ValueError(f"{arguments.files[0]}: expected samples to learn from, found {found}")
-    manifest = Manifest(
+    manifest = manifest_of(
+        tokenizer,
+        arguments.files,
+        lengths,
         selection={"kind": "top_k", "k": arguments.k, "temperature": arguments.temperature},
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        vocabulary=vocabulary_of(tokenizer),
         teacher_fingerprint=arguments.teacher,
-        sources=tuple(fingerprint_file(file) for file in arguments.files),
-        # What the student's dataset reads of it. Nothing else is known of how the tokens were made.
-        dataset={"max_seq_length": max(1, max(lengths) - 1), "chat": False, "add_eos": False},
-        num_samples=len(lengths),
         samples_per_shard=arguments.samples_per_shard,
         codec=arguments.codec,
     )
     writer = CacheWriter.open(arguments.cache, manifest)
-    missing = set(writer.missing_shards())
-    rest = samples(" samples written")
-    for index in range(manifest.num_shards):
-        shard_samples = [next(rest) for _ in manifest.shard_samples(index)]
-        if index in missing:
-            with writer.shard(index) as shard:
-                for sample in shard_samples:
-                    shard.add(**sample._asdict())
+    writer.fill(samples(" samples written"))
     found = inspection.unsupervised(num_unsupervised, len(lengths))
     print(f"{writer.path}: {len(lengths)} samples in {manifest.num_shards} shards; {found}")
     return 0

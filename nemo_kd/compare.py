@@ -55,9 +55,15 @@ def differences(
         chat_template: the file that the dump had as data.chat_template, if it had one.
 
     Raises:
-        ValueError: there is no such tokenizer, or no chat template.
+        ValueError: there is no such tokenizer, or no chat template; or the cache is a captured one.
     """
     manifest = cache.manifest
+    if "captured" in manifest.dataset:
+        raise ValueError(
+            f"{cache.path}: expected a cache that the dump made of files, but its rows were "
+            "captured while the answers were written, and no file gives its tokens; verify it "
+            "without --against"
+        )
     tokenizer = host.read_tokenizer(tokenizer_path, "--tokenizer")
     if tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
         yield f"{tokenizer_path}: another tokenizer than the one that the cache was made with"

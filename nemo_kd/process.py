@@ -24,7 +24,7 @@ _EXIT_S = 10  # what an exit on SIGTERM may take
 # Seconds in which torchrun and srun end the other ranks after the first one has ended.
 _PRECEDENCE_S = 6
 
-# Keys of the four runs' YAML files that name what is read and what is written.
+# Keys of the runs' YAML files that name what is read and what is written.
 _READ = (
     *("source", "teacher.restore_from_path", "data.file_names", "model.restore_from_path"),
     *("model.data.train_ds.file_names", "model.data.validation_ds.file_names"),
@@ -33,7 +33,7 @@ _READ = (
 )
 _WRITTEN = (
     *("output", "cache.path", "save_to", "exp_manager.explicit_log_dir"),
-    *("save_hf", "checkpoint.save"),
+    *("save_hf", "checkpoint.save", "capture.path"),
 )
 
 

@@ -44,6 +44,7 @@ RUNS = {
         "turn a .nemo into a Hugging Face checkpoint",
         ("nemo",),
     ),
+    "generate": Run("generate_answers", "generate.run", "let a model write answers to prompts"),
 }
 
 

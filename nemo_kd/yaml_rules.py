@@ -178,6 +178,20 @@ _RULES = {
         "device": one_of("gpu", "cpu"),
         "dtype": one_of("auto", "bfloat16", "float16", "float32"),
     },
+    "generate_answers": {
+        "engine": one_of("transformers", "server"),
+        "device": one_of("gpu", "cpu"),
+        **dict.fromkeys(("output", "model.hf_path"), TEXT),
+        "model.dtype": one_of("bfloat16", "float16", "float32"),
+        **{f"data.{key}": rule for key, rule in _DATA.items()},
+        "data.chat_prompt_tokens": _MAPPING_OR_NULL,
+        "sampling.*": ANY,  # read_settings checks them
+        "server.base_url": _TEXT_OR_NULL,
+        "server.model": _TEXT_OR_NULL,
+        **dict.fromkeys(("server.max_failures", "server.max_retries"), whole(0)),
+        "capture.path": _TEXT_OR_NULL,
+        "capture.codec": one_of("packed", "raw"),
+    },
     "export_hf_llama": {
         **dict.fromkeys(("source", "output"), TEXT),
         "dtype": either(one_of("bfloat16", "float16", "float32"), NULL),

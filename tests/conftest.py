@@ -50,7 +50,9 @@ def hf_tokenizer(tmp_path_factory: pytest.TempPathFactory):
     )
 
 
-def save_llama(path: Path, tokenizer: Any, tied: bool, layers: int, vocab_size: int) -> None:
+def save_llama(
+    path: Path, tokenizer: Any, tied: bool, layers: int, vocab_size: int, heads: int = 4
+) -> None:
     """Save a random Hugging Face Llama with grouped queries, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,8 +62,8 @@ def save_llama(path: Path, tokenizer: Any, tied: bool, layers: int, vocab_size: 
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,

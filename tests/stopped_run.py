@@ -4,7 +4,7 @@
 
 SIGNAL goes to the process of rank RANK and to its children, as Slurm sends it. MOMENT is the number
 of a training step, at whose end it comes, or a function as MODULE:NAME or MODULE:CLASS.NAME, whose
-first call it comes before.
+first call it comes before; MODULE:NAME#2 means the second call.
 """
 
 import functools
@@ -42,17 +42,18 @@ def main() -> None:
 
 
 def send_before(moment: str, send: Any) -> None:
-    module_name, path = moment.split(":")
+    function_path, _, number = moment.partition("#")
+    module_name, path = function_path.split(":")
     owner: Any = importlib.import_module(module_name)
     *classes, function_name = path.split(".")
     for name in classes:
         owner = getattr(owner, name)
-    function, sent = getattr(owner, function_name), []
+    function, calls = getattr(owner, function_name), []
 
     @functools.wraps(function)
     def sends(*args: Any, **kwargs: Any) -> Any:
-        if not sent:
-            sent.append(True)
+        calls.append(True)
+        if len(calls) == int(number or 1):
             send()
         return function(*args, **kwargs)
 

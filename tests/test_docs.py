@@ -33,6 +33,8 @@ ENTRIES = {
     "nemo-kd export-hf": "export_hf_llama",
     "evaluate_students.py": "evaluate_students",
     "nemo-kd evaluate": "evaluate_students",
+    "generate_answers.py": "generate_answers",
+    "nemo-kd generate": "generate_answers",
 }
 CALL = re.compile(rf"(?:^|\s|/)({'|'.join(map(re.escape, ENTRIES))})\s+(\S.*)$")
 # What makes a command of the README a run of seconds, on a CPU and with tiny models.

@@ -10,11 +10,20 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_kd.config import CacheConfig, DataConfig, DistillationConfig
+from nemo_kd.generate.settings import CaptureConfig, SamplingConfig, ServerConfig
 from nemo_kd.selection import SelectionConfig
 
 ROOT = Path(__file__).parent.parent
 # A host is NeMo or Megatron-Bridge; a file elsewhere knows none.
 HOSTS = {"nemo", "bridge"}
+EXAMPLES = [
+    "dump_teacher_topk",
+    "train_kd_sft",
+    "import_hf_llama",
+    "export_hf_llama",
+    "generate_answers",
+    "evaluate_students",
+]
 
 
 def documented_tree() -> list[str]:
@@ -66,16 +75,7 @@ def test_functions_and_files_are_short() -> None:
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dump_teacher_topk",
-        "train_kd_sft",
-        "import_hf_llama",
-        "export_hf_llama",
-        "evaluate_students",
-    ],
-)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_yaml_composes(name: str) -> None:
     with initialize_config_dir(str(ROOT / "examples" / "conf"), version_base=None):
         assert compose(name)
@@ -88,6 +88,9 @@ def test_yaml_composes(name: str) -> None:
         ("dump_teacher_topk", "selection", SelectionConfig),
         ("dump_teacher_topk", "cache", CacheConfig),
         ("train_kd_sft", "model.knowledge_distillation", DistillationConfig),
+        ("generate_answers", "sampling", SamplingConfig),
+        ("generate_answers", "server", ServerConfig),
+        ("generate_answers", "capture", CaptureConfig),
     ],
 )
 def test_yaml_has_every_setting_with_its_default(file: str, section: str, settings: type) -> None:
@@ -98,7 +101,8 @@ def test_yaml_has_every_setting_with_its_default(file: str, section: str, settin
     for field in fields(settings):
         if not OmegaConf.is_missing(shown, field.name):
             expected = other_defaults.get(field.name, field.default)
-            assert shown[field.name] == expected, field.name
+            default = list(expected) if isinstance(expected, tuple) else expected
+            assert shown[field.name] == default, field.name
 
 
 def imported_by(path: Path) -> set[str]:
@@ -160,16 +164,7 @@ def test_only_hosts_read_megatrons_global_groups() -> None:
             assert "parallel_state" not in path.read_text(), path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dump_teacher_topk",
-        "train_kd_sft",
-        "import_hf_llama",
-        "export_hf_llama",
-        "evaluate_students",
-    ],
-)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_thin(name: str) -> None:
     tree = ast.parse((ROOT / "examples" / f"{name}.py").read_text())
     assert sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) <= 30

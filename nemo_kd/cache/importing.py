@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,56 @@ from nemo_kd.cache.check import (
     check_log_probs,
     check_mask,
 )
-from nemo_kd.cache.layout import Sample
+from nemo_kd.cache.layout import Array, Sample
+from nemo_kd.cache.manifest import (
+    Manifest,
+    fingerprint_file,
+    tokenizer_fingerprint,
+    vocabulary_of,
+)
 
 _TOKEN_ID = "token_id:"
 # Engines round log-probs, some to bfloat16. A larger sum is no distribution.
 _MOST_MASS = 1.02
+
+
+def manifest_of(
+    tokenizer: Any, files: Iterable[str | Path], lengths: Sequence[int], **fields: Any
+) -> Manifest:
+    """The manifest of a cache whose tokens no dataset has made.
+
+    Args:
+        tokenizer: of the token ids.
+        files: what the rows come from.
+        lengths: of each sample, in tokens.
+        **fields: the other ones of Manifest; what `dataset` has is added to what the student's
+            dataset reads of it.
+    """
+    read = {"max_seq_length": max(1, max(lengths) - 1), "chat": False, "add_eos": False}
+    return Manifest(
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary=vocabulary_of(tokenizer),
+        sources=tuple(fingerprint_file(file) for file in files),
+        dataset=read | fields.pop("dataset", {}),
+        num_samples=len(lengths),
+        **fields,
+    )
+
+
+def answer_sample(
+    prompt: Sequence[int], answer: Sequence[int], rows: tuple[Array, Array, Array]
+) -> Sample:
+    """The sample whose tokens are prompt and answer, the answer's learnt.
+
+    Args:
+        prompt: token ids.
+        answer: token ids.
+        rows: of the answer's tokens: ids [P, K], log-probs [P, K] and the tails' log-probs [P].
+    """
+    tokens = np.array([*prompt, *answer], np.int32)
+    mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.uint8)
+    return Sample(tokens, mask, *rows, len(prompt))
 
 
 def read_samples(path: Path, k: int, vocab_size: int) -> Iterator[Sample]:
@@ -76,33 +121,52 @@ def _sample(record: Any, k: int, vocab_size: int) -> Sample:
             f"logprobs: expected {len(tokens)} rows, one a token, or {len(positions)}, one a "
             f"supervised token, got {len(rows)}"
         )
-    ids = np.zeros((len(positions), k), np.int32)
-    log_probs = np.zeros((len(positions), k), np.float32)
-    tails = np.zeros(len(positions), np.float32)
-    for index, (position, row) in enumerate(zip(positions, rows, strict=True)):
-        try:
-            ids[index], log_probs[index], tails[index] = _row(row, tokens[position], k, vocab_size)
-        except ValueError as error:
-            raise ValueError(f"logprobs of token {position}: {error}") from error
+    made = top_rows(rows, [tokens[position] for position in positions], k, vocab_size, positions)
     context_length = record.get("context_length", positions[0] if positions else len(tokens))
     _integers("context_length", [context_length])
     check_context_length(context_length, len(tokens))
-    return Sample(
-        np.array(tokens, np.int32), np.array(mask, np.uint8), ids, log_probs, tails, context_length
-    )
+    return Sample(np.array(tokens, np.int32), np.array(mask, np.uint8), *made, context_length)
 
 
-def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list[float], float]:
-    """ids and log-probs of the k most probable entries, and the tail's log-prob."""
+def top_rows(
+    rows: Sequence[Any],
+    tokens: Sequence[int],
+    k: int,
+    vocab_size: int,
+    positions: Sequence[int] | None = None,
+) -> tuple[Array, Array, Array]:
+    """ids [P, k] and log-probs [P, k] of the k most probable entries, and the tails' log-probs [P].
+
+    Args:
+        rows: P of them, each of one of the two forms above.
+        tokens: the id that each row is for.
+        positions: of the tokens, for the errors; by default from 0 up.
+
+    Raises:
+        ValueError: as `read_samples`.
+    """
+    ids = np.zeros((len(tokens), k), np.int32)
+    log_probs = np.zeros((len(tokens), k), np.float32)
+    tails = np.zeros(len(tokens), np.float32)
+    for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        try:
+            ids[index], log_probs[index], tails[index] = _top_row(row, token, k, vocab_size)
+        except ValueError as error:
+            position = positions[index] if positions is not None else index
+            raise ValueError(f"logprobs of token {position}: {error}") from error
+    return ids, log_probs, tails
+
+
+def _top_row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list[float], float]:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {row!r}")
     if isinstance(row.get("top_logprobs"), list):
         top: list[Any] = [entry for entry in row["top_logprobs"] if isinstance(entry, dict)]
-        entries = [(_token_id(entry.get("token")), entry.get("logprob")) for entry in top]
-        named = [_token_id(row.get("token"))]
+        entries = [(token_id(entry.get("token")), entry.get("logprob")) for entry in top]
+        named = [token_id(row.get("token"))]
     else:
         entries = [
-            (_token_id(key), value.get("logprob") if isinstance(value, dict) else value)
+            (token_id(key), value.get("logprob") if isinstance(value, dict) else value)
             for key, value in row.items()
         ]
         named = [number for number, _ in entries]
@@ -129,7 +193,12 @@ def _row(row: Any, token: int, k: int, vocab_size: int) -> tuple[list[int], list
     return [number for number, _ in entries[:k]], [value for _, value in entries[:k]], tail
 
 
-def _token_id(value: Any) -> int:
+def token_id(value: Any) -> int:
+    """The id of a token that an engine wrote as 7, "7" or "token_id:7".
+
+    Raises:
+        ValueError: it wrote anything else.
+    """
     if type(value) is int:
         return value
     text = value.removeprefix(_TOKEN_ID) if isinstance(value, str) else ""

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,18 @@ class CacheWriter:
                 return
             if wanted := self.missing_shards(wanted):
                 wait()
+
+    def fill(self, samples: Iterable[Sample]) -> None:
+        """Write the missing shards of all of the cache's samples, which come in their order."""
+        missing, rest = set(self.missing_shards()), iter(samples)
+        for index in range(self.manifest.num_shards):
+            own = itertools.islice(rest, len(self.manifest.shard_samples(index)))
+            if index not in missing:
+                deque(own, maxlen=0)  # passed over
+                continue
+            with self.shard(index) as shard:
+                for sample in own:
+                    shard.add(**sample._asdict())
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:

@@ -62,12 +62,13 @@ def as_jsonl(path: str, directory: str) -> str:
     return made
 
 
-def format_of(paths: Sequence[str], template_keys: list[str]) -> str:
+def format_of(paths: Sequence[str], template_keys: list[str], optional: Sequence[str] = ()) -> str:
     """The format of files, by the first line of each.
 
     Args:
         paths: The files, of any kind that `as_jsonl` takes.
         template_keys: The keys of `prompt_template`.
+        optional: Keys that a line may lack, as the answer of a prompt.
 
     Raises:
         ValueError: A first line has no format's keys, or the formats differ; names the file.
@@ -76,7 +77,8 @@ def format_of(paths: Sequence[str], template_keys: list[str]) -> str:
     for path in paths:
         line = _first_line(path)
         try:
-            found[path] = detect(read_object(line), template_keys)
+            record = dict.fromkeys(optional, "") | read_object(line)
+            found[path] = detect(record, template_keys)
         except ValueError as error:
             raise ValueError(f"{path}, line 1: {error}") from error
     kinds = set(found.values())

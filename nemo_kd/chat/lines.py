@@ -1,12 +1,13 @@
 """Checks each line of a jsonl before a model is read: it must be what NeMo's datasets take."""
 
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from nemo_kd.cache import SourceFile
+from nemo_kd.chat.answers import GENERATION, REFERENCE
 from nemo_kd.chat.files import as_jsonl, read_object
 from nemo_kd.chat.formats import checked_text, read_conversation
 from nemo_kd.chat.render import Renderer
@@ -17,6 +18,8 @@ from nemo_kd.process import say
 # What NeMo's chat dataset reads of a line, and of each of its turns.
 _CHAT_KEYS = ("system", "conversations", "mask", "type")
 _TURN_KEYS = ("from", "value")
+
+Made = TypeVar("Made")
 
 
 def check_lines(path: str, data: DataConfig, renderer: Renderer | None = None) -> int:
@@ -38,19 +41,9 @@ def check_lines(path: str, data: DataConfig, renderer: Renderer | None = None) -
     if not os.path.getsize(path):
         raise ValueError(f"{path}: expected samples, found an empty file")
     unread: set[str] = set()
-    blank = None  # the first of a row of empty lines, which NeMo ignores at the end of a file
     num_samples = 0
-    for number, line in enumerate(_lines(path), 1):
-        if line in (b"\n", b""):
-            blank = blank or number
-            continue
-        if blank:
-            raise ValueError(f"{path}, line {blank}: expected a JSON object, got an empty line")
-        try:
-            record = read_object(line)
-            unread |= _check_record(record, data, renderer)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    for _, of_line in read_lines(path, lambda record: _check_record(record, data, renderer)):
+        unread |= of_line
         num_samples += 1
     if not num_samples:
         raise ValueError(f"{path}: expected samples, found only empty lines")
@@ -60,6 +53,36 @@ def check_lines(path: str, data: DataConfig, renderer: Renderer | None = None) -
             + ("" if renderer else f"; the samples have only {', '.join(data.keys)}")
         )
     return num_samples
+
+
+def read_lines(
+    path: str, read: Callable[[dict[str, Any]], Made], name: str | None = None
+) -> Iterator[tuple[int, Made]]:
+    """Yield where each line of a jsonl begins, in bytes, and what `read` makes of its object.
+
+    Args:
+        path: The file. Empty lines at its end are ignored.
+        read: What may raise a ValueError for a line.
+        name: The file's in errors; by default `path`.
+
+    Raises:
+        ValueError: A line is no JSON object, or `read` refuses it; names the file and the line.
+    """
+    offset, blank = 0, None  # the first of a row of empty lines, which NeMo ignores at the end
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip(b"\r\n"):
+            blank = blank or number
+        elif blank:
+            raise ValueError(
+                f"{name or path}, line {blank}: expected a JSON object, got an empty line"
+            )
+        else:
+            try:
+                made = read(read_object(line))
+            except ValueError as error:
+                raise ValueError(f"{name or path}, line {number}: {error}") from error
+            yield offset, made
+        offset += len(line)
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -75,11 +98,13 @@ def _lines(path: str) -> Iterator[bytes]:
 
 def _check_record(record: dict[str, Any], data: DataConfig, renderer: Renderer | None) -> set[str]:
     """Check one line, and return its keys that nothing reads."""
+    own = {GENERATION, REFERENCE} if GENERATION in record else set()
     if renderer is None:
-        return _check_conversation(record) if data.chat else _check_fields(record, data)
+        unread = _check_conversation(record) if data.chat else _check_fields(record, data)
+        return unread - own
     conversation, unread = read_conversation(record, data.format)
     renderer.check(conversation)
-    return unread | renderer.left_out(conversation)
+    return (unread | renderer.left_out(conversation)) - own
 
 
 def _check_fields(record: dict[str, Any], data: DataConfig) -> set[str]:

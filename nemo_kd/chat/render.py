@@ -131,6 +131,23 @@ class Renderer:
             mask = self._mask(tokens, np.array(encoded.offset_mapping).reshape(-1, 2), spans)
         return self._cut(tokens, mask)
 
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """The tokens before the last turn, with the generation prompt; of a plain text, its prompt.
+
+        Raises:
+            ValueError: The template refuses the turns before the last one.
+        """
+        if conversation.messages:
+            text = self._render(
+                conversation, len(conversation.messages) - 1, add_generation_prompt=True
+            )
+        else:
+            text = self._with_begin(conversation.prompt)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _with_begin(self, text: str) -> str:
+        return text if text.startswith(self._begin) else self._begin + text
+
     def check(self, conversation: Conversation) -> None:
         """Check that a conversation can be rendered, without tokenising it where that is possible.
 
@@ -159,8 +176,7 @@ class Renderer:
         """The text and the learnt spans, by rendering what stands before and after each turn."""
         if not conversation.messages:
             end = self.tokenizer.eos_token if self.add_eos and self.tokenizer.eos_token else ""
-            prompt, completion = conversation.prompt, conversation.completion
-            prompt = prompt if prompt.startswith(self._begin) else self._begin + prompt
+            prompt, completion = self._with_begin(conversation.prompt), conversation.completion
             completion = completion if end and completion.endswith(end) else completion + end
             return _Text(prompt + completion, [(len(prompt), len(prompt + completion))])
         messages = conversation.messages

@@ -23,12 +23,15 @@ from nemo_kd.config import DataConfig
 from nemo_kd.process import say
 
 
-def with_found_format(data: DataConfig, says: bool = True) -> DataConfig:
+def with_found_format(
+    data: DataConfig, says: bool = True, optional: Sequence[str] = ()
+) -> DataConfig:
     """`data` with the format of its files, which with "auto" is found by their first lines.
 
     Args:
         data: The settings.
         says: Whether to say what was found.
+        optional: Keys that a line may lack.
 
     Raises:
         ValueError: A file is not there, or has no known format.
@@ -39,7 +42,7 @@ def with_found_format(data: DataConfig, says: bool = True) -> DataConfig:
         return data.with_format("nemo_chat")
     if data.format != "auto":
         return data.with_format(data.format)
-    found = format_of(data.file_names, data.keys)
+    found = format_of(data.file_names, data.keys, optional)
     if says and found != "prompt":
         say(f"{', '.join(data.file_names)}: the format is {found}, by the first line")
     return data.with_format(found)

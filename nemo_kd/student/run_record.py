@@ -95,17 +95,21 @@ def check_record(directory: Path, settings: dict[str, Any], above: str, remedy: 
             f"{record} is damaged: it says with which settings the run began; if they are those of "
             "this command, remove it"
         ) from error
+    if changed := changes(before, settings, above):
+        raise ValueError(
+            f"{directory} has the checkpoints of a run with other settings: {changed}. "
+            f"{remedy}, or set resume_changed=true to continue with the new ones"
+        )
+
+
+def changes(before: dict[str, Any], settings: dict[str, Any], above: str = "") -> str:
+    """Both values of each key that differs between a record and the settings of a run; or ""."""
     old, new = _flat(before, above), _flat(_as_stored(settings), above)
-    changes = [
+    return "; ".join(
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-    ]
-    if changes:
-        raise ValueError(
-            f"{directory} has the checkpoints of a run with other settings: {'; '.join(changes)}. "
-            f"{remedy}, or set resume_changed=true to continue with the new ones"
-        )
+    )
 
 
 def write_record(directory: Path, settings: dict[str, Any]) -> None:

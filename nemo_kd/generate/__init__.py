@@ -1,0 +1,1 @@
+"""Prompts to answers, by the teacher or the student: docs/generate.md."""
