@@ -49,3 +49,8 @@ class HfTokenizer:
         """The text, by default with the special tokens in it."""
         own = self.tokenizer
         return str(own.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False))
+
+
+def cut_at(text: str, stops: tuple[str, ...]) -> str:
+    """The text before the first of `stops`."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

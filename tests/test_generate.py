@@ -220,7 +220,7 @@ def test_a_model_of_fewer_tokens_than_its_tokenizer_is_refused(
 ) -> None:
     save_llama(tmp_path / "small", hf_tokenizer, True, 1, len(hf_tokenizer) - 1)
     run = arguments(tmp_path / "small", write_prompts(tmp_path), tmp_path / "answers.jsonl")
-    with pytest.raises(ValueError, match="expected a model of its tokenizer's 401 tokens, got 400"):
+    with pytest.raises(ValueError, match="expected its tokenizer's 401 tokens, got 400"):
         call(run)
 
 

@@ -66,8 +66,3 @@ class Engine(Protocol):
 
     def fill(self, blocks: Blocks, done: Done) -> None:
         """Write the blocks, in any order."""
-
-
-def cut_at(text: str, stops: tuple[str, ...]) -> str:
-    """The text before the first of `stops`."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from nemo_kd.cache.manifest import fingerprint_model
-from nemo_kd.generate.answers import Answer, Blocks, Done, Request, Rows, Wanted, cut_at
+from nemo_kd.generate.answers import Answer, Blocks, Done, Request, Rows, Wanted
 from nemo_kd.hf_config import hf_files
-from nemo_kd.hf_tokenizer import HfTokenizer
+from nemo_kd.hf_tokenizer import HfTokenizer, cut_at
 from nemo_kd.selection import SelectionConfig, TeacherRows, select_teacher_rows
 
 
@@ -80,9 +80,7 @@ class Transformers:
             )
         rows, own = model.get_output_embeddings().weight.shape[0], self._tokenizer.vocab_size
         if rows < own:
-            raise ValueError(
-                f"model.hf_path: expected a model of its tokenizer's {own} tokens, got {rows}"
-            )
+            raise ValueError(f"model.hf_path: expected its tokenizer's {own} tokens, got {rows}")
         self._model = model.to(self._device).eval()
 
     def fill(self, blocks: Blocks, done: Done) -> None:

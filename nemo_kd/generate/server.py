@@ -14,8 +14,9 @@ import numpy as np
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
 
 from nemo_kd.cache.importing import token_id, top_rows
-from nemo_kd.generate.answers import Answer, Blocks, Done, Request, Rows, Wanted, cut_at
+from nemo_kd.generate.answers import Answer, Blocks, Done, Request, Rows, Wanted
 from nemo_kd.generate.settings import ServerConfig
+from nemo_kd.hf_tokenizer import cut_at
 
 # What the server would otherwise take of the model's generation_config.json. It ignores the keys
 # that it does not know. The ids of what it wrote need the special tokens in its text.
