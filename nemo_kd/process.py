@@ -30,6 +30,7 @@ _READ = (
     *("model.data.train_ds.file_names", "model.data.validation_ds.file_names"),
     *("model.hf_path", "dataset.train_caches", "dataset.validation_caches"),
     *("students", "data_dir", "include_path"),
+    *("teacher", "student", "prompts", "heldout_caches", "sft.caches"),
 )
 _WRITTEN = (
     *("output", "cache.path", "save_to", "exp_manager.explicit_log_dir"),

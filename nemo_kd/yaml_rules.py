@@ -192,6 +192,13 @@ _RULES = {
         "capture.path": _TEXT_OR_NULL,
         "capture.codec": one_of("packed", "raw"),
     },
+    "rounds": {
+        **dict.fromkeys(("teacher", "student", "output"), TEXT),
+        "prompts": TEXTS,
+        "device": one_of("gpu", "cpu"),
+        **dict.fromkeys(("heldout_caches", "sft.caches"), _TEXTS_OR_NONE),
+        "sft.share": _SHARE,
+    },
     "export_hf_llama": {
         **dict.fromkeys(("source", "output"), TEXT),
         "dtype": either(one_of("bfloat16", "float16", "float32"), NULL),
