@@ -24,6 +24,7 @@ from nemo_kd.yaml_rules import check_yaml_values
 
 EXAMPLES = Path(__file__).parent
 TAGS = HOSTS["bridge"].tags
+SEED = 1234  # that of generate_answers.yaml
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="rounds")
@@ -63,15 +64,18 @@ class Rounds:
     def round(self, number: int, student: str) -> tuple[dict[str, float], str]:
         """One round; returns the row of the results, and the student that it has trained."""
         given, here, name = self.settings, self.out / f"round-{number}", f"round-{number}"
-        device, seed = f"device={given['device']}", 1234 + number
+        device = f"device={given['device']}"
         answers, cache, trained = here / "answers.jsonl", here / "cache", here / "student-hf"
-        sampling = {"sampling": {"seed": seed}}  # other draws in each round
+        sampling = given["generate"].get("sampling", {})
+        sampling = sampling | {
+            "seed": sampling.get("seed", SEED) + number
+        }  # other draws in each round
         self.step(
             f"{name}-generate",
             "generate_answers.py",
             *(device, f"model.hf_path={student}", f"output={answers}"),
             *as_overrides({"data": given["data"] | {"file_names": given["prompts"]}}),
-            *as_overrides(OmegaConf.to_container(OmegaConf.merge(sampling, given["generate"]))),
+            *as_overrides(given["generate"] | {"sampling": sampling}),
         )
         self.step(
             f"{name}-dump",

@@ -31,6 +31,7 @@ ENTRIES = {
     "nemo-kd import-hf": "import_hf_llama",
     "export_hf_llama.py": "export_hf_llama",
     "nemo-kd export-hf": "export_hf_llama",
+    "rounds.py": "rounds",
     "evaluate_students.py": "evaluate_students",
     "nemo-kd evaluate": "evaluate_students",
     "generate_answers.py": "generate_answers",
