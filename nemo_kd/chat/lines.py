@@ -70,7 +70,7 @@ def read_lines(
     """
     offset, blank = 0, None  # the first of a row of empty lines, which NeMo ignores at the end
     for number, line in enumerate(_lines(path), 1):
-        if not line.strip(b"\r\n"):
+        if line == b"\n":  # NeMo counts any other, blank or not, as a sample
             blank = blank or number
         elif blank:
             raise ValueError(
