@@ -24,6 +24,7 @@ from nemo_kd.yaml_rules import check_yaml_values
 
 EXAMPLES = Path(__file__).parent
 TAGS = HOSTS["bridge"].tags
+SHAPE = ("format", "prompt_template", "label_key")  # keys of data that filter_answers.yaml has too
 SEED = 1234  # that of generate_answers.yaml
 
 
@@ -77,6 +78,16 @@ class Rounds:
             *as_overrides({"data": given["data"] | {"file_names": given["prompts"]}}),
             *as_overrides(given["generate"] | {"sampling": sampling}),
         )
+        shape = {key: given["data"][key] for key in SHAPE if key in given["data"]}
+        if given["filter"]:
+            written, answers = answers, here / "kept.jsonl"
+            self.step(
+                f"{name}-filter",
+                "filter_answers.py",
+                f"output={answers}",
+                *as_overrides({"data": shape | {"file_names": [str(written)]}}),
+                *as_overrides(given["filter"]),
+            )
         self.step(
             f"{name}-dump",
             "bridge/dump_teacher_topk.py",
@@ -151,7 +162,7 @@ class Rounds:
 
 def check_inputs(settings: dict[str, Any]) -> None:
     """Raise a ValueError if a path is missing, or `output` has rounds of other settings."""
-    for key in ("data", "generate", "dump", "train"):
+    for key in ("data", "generate", "filter", "dump", "train"):
         if not isinstance(settings[key], dict):
             raise ValueError(f"{key}: expected a section of keys, got {settings[key]!r}")
     caches = {"heldout_caches": settings["heldout_caches"], "sft.caches": settings["sft"]["caches"]}

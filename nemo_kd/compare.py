@@ -72,7 +72,7 @@ def differences(
     for number, file in enumerate(files):
         if sources[number] not in manifest.sources[number : number + 1]:
             yield f"{file}: not the file that was number {number} of the dump's sources"
-    settings = dict(manifest.dataset)
+    settings = {key: value for key, value in manifest.dataset.items() if key != "filtered"}
     template_fingerprint = settings.pop("chat_template_xxh3", None)
     if template_fingerprint is not None:
         settings |= {"chat": False, "chat_template": chat_template}

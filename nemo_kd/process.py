@@ -29,7 +29,7 @@ _READ = (
     *("source", "teacher.restore_from_path", "data.file_names", "model.restore_from_path"),
     *("model.data.train_ds.file_names", "model.data.validation_ds.file_names"),
     *("model.hf_path", "dataset.train_caches", "dataset.validation_caches"),
-    *("students", "data_dir", "include_path"),
+    *("students", "data_dir", "include_path", "cache.source"),
     *("teacher", "student", "prompts", "heldout_caches", "sft.caches"),
 )
 _WRITTEN = (

@@ -45,6 +45,9 @@ RUNS = {
         ("nemo",),
     ),
     "generate": Run("generate_answers", "generate.run", "let a model write answers to prompts"),
+    "filter": Run(
+        "filter_answers", "filters.run", "leave out answers that are cut, repeated or wrong"
+    ),
 }
 
 

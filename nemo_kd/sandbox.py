@@ -50,7 +50,9 @@ os.chdir(work)
 without_rights = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
 sys.exit(subprocess.call([*without_rights, *sys.argv[2:]], close_fds=False))
 """
+# The program ends with this process, however that ends: unshare takes its namespaces along.
 _UNSHARE = (
+    *("setpriv", "--pdeathsig", "KILL", "--"),
     *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--mount"),
     *("--pid", "--fork", "--kill-child"),
 )

@@ -192,6 +192,14 @@ _RULES = {
         "capture.path": _TEXT_OR_NULL,
         "capture.codec": one_of("packed", "raw"),
     },
+    "filter_answers": {
+        "output": TEXT,
+        "filters": list_of(
+            Rule("a name or a mapping", lambda value: isinstance(value, dict) or TEXT.holds(value))
+        ),
+        **{f"data.{key}": rule for key, rule in _DATA.items()},
+        **dict.fromkeys(("cache.source", "cache.path"), _TEXT_OR_NULL),
+    },
     "rounds": {
         **dict.fromkeys(("teacher", "student", "output"), TEXT),
         "prompts": TEXTS,

@@ -32,6 +32,8 @@ ENTRIES = {
     "export_hf_llama.py": "export_hf_llama",
     "nemo-kd export-hf": "export_hf_llama",
     "rounds.py": "rounds",
+    "filter_answers.py": "filter_answers",
+    "nemo-kd filter": "filter_answers",
     "evaluate_students.py": "evaluate_students",
     "nemo-kd evaluate": "evaluate_students",
     "generate_answers.py": "generate_answers",

@@ -66,9 +66,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     run += capture(tmp_path / "cache")
     status = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 143}[name]
     moments = (
-        "nemo_kd.generate.parts:Parts.write#2",  # one block is there
+        "nemo_kd.parts:Parts.write#2",  # one block is there
         "nemo_kd.cache.writer:ShardWriter.add",
-        "nemo_kd.generate.parts:Parts.finish",  # only done.json is missing
+        "nemo_kd.parts:Parts.finish",  # only done.json is missing
     )
     for moment in moments:
         script = (STOPPED_RUN, name, moment, 0, "generate_answers.py")

@@ -22,6 +22,7 @@ EXAMPLES = [
     "import_hf_llama",
     "export_hf_llama",
     "generate_answers",
+    "filter_answers",
     "evaluate_students",
 ]
 

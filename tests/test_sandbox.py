@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +62,34 @@ def test_nothing_is_left_running() -> None:
     for code in (sleep, f"{sleep}\nwhile True: pass"):
         run_untrusted(code, time_limit_s=2, memory_limit_mb=512)
         assert not is_running(mark), code
+
+
+def test_a_program_ends_with_a_killed_caller() -> None:
+    call = "from nemo_kd.sandbox import run_untrusted as run; run('import time; time.sleep(60)')"
+    caller = subprocess.Popen([sys.executable, "-c", call])
+    end = time.monotonic() + 30
+    while not is_alone(caller.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    inside = is_alone(caller.pid)
+    assert inside
+    caller.kill()
+    caller.wait()
+    while any(map(exists, inside)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(exists, inside))
+
+
+def is_alone(pid: int) -> list[int]:
+    """All processes under this one, once the program itself runs."""
+    found, last = [], [pid]
+    while last:
+        children = [child for each in last for child in sandbox._children(each)]
+        found, last = found + children, children
+    return found if len(found) >= 3 else []
+
+
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def is_running(mark: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from io import FileIO
 from pathlib import Path
@@ -110,6 +111,11 @@ class TopKCache:
             raise IndexError(f"sample {index} of a cache of {len(self)} samples")
         shard, position = divmod(number, self.manifest.samples_per_shard)
         return self._shard(shard).sample(position, rows)
+
+    def stored(self, index: int) -> dict[str, Array]:
+        """The arrays of sample `index` as they are stored, for a copy of it; errors as `read`."""
+        shard, position = divmod(index, self.manifest.samples_per_shard)
+        return self._shard(shard).stored(position)
 
     def num_tokens(self) -> Array:
         """Tokens of each sample, int32 [samples]. Reads one .idx of each shard.
@@ -218,23 +224,34 @@ class _Shard:
         )
 
     def sample(self, position: int, with_rows: bool) -> Sample:
-        arrays = {name: pair[position] for name, pair in self._pairs.items()}
-        tokens, loss_mask = arrays["tokens"], arrays["loss_mask"]
-        try:
-            if self._checksums is not None:
-                stored = os.pread(self._checksums.fileno(), 8, 8 * position)
-                if checksum(arrays).to_bytes(8, "little") != stored:
-                    raise ValueError(f"its checksum differs: {self._changed()}")
-            rows = _NO_ROWS
-            if with_rows:
+        arrays = self.stored(position)
+        tokens, loss_mask, rows = arrays["tokens"], arrays["loss_mask"], _NO_ROWS
+        if with_rows:
+            with self._named(position):
                 rows = self._codec.decode(arrays, int(loss_mask.sum()))
-            if (loss_mask.size, arrays["context_length"].size) != (tokens.size, 1):
+        return Sample(tokens, loss_mask, *rows, int(arrays["context_length"][0]))
+
+    def stored(self, position: int) -> dict[str, Array]:
+        arrays = {name: pair[position] for name, pair in self._pairs.items()}
+        with self._named(position):
+            if self._checksums is not None:
+                written = os.pread(self._checksums.fileno(), 8, 8 * position)
+                if checksum(arrays).to_bytes(8, "little") != written:
+                    raise ValueError(f"its checksum differs: {self._changed()}")
+            sizes = [arrays[name].size for name in ("loss_mask", "context_length")]
+            if sizes != [arrays["tokens"].size, 1]:
                 raise ValueError("its pairs do not belong together")
+        return arrays
+
+    @contextmanager
+    def _named(self, position: int) -> Iterator[None]:
+        """Name the sample in an error."""
+        try:
+            yield
         except ValueError as error:
             raise ValueError(
                 f"{self._directory}: sample {self._samples[position]}: {error}; run nemo-kd verify"
             ) from error
-        return Sample(tokens, loss_mask, *rows, int(arrays["context_length"][0]))
 
     def _changed(self) -> str:
         """Which files are not those that the dump wrote; reads the whole shard."""

@@ -141,6 +141,17 @@ class CacheWriter:
                 for sample in own:
                     shard.add(**sample._asdict())
 
+    def copy(self, stored: Callable[[int], dict[str, Array]]) -> None:
+        """Write the missing shards with samples of another cache, byte for byte.
+
+        Args:
+            stored: the arrays of this cache's sample i, as `TopKCache.stored` gives them.
+        """
+        for index in self.missing_shards():
+            with self.shard(index) as shard:
+                for number in self.manifest.shard_samples(index):
+                    shard.add_stored(stored(number))
+
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
         """Write one shard. It is published at a clean exit, and removed after an exception.
@@ -201,8 +212,6 @@ class ShardWriter:
             ValueError: the sample is anything else; nothing of it is written.
         """
         number = self._samples.start + len(self._checksums)
-        if number not in self._samples:
-            raise ValueError(f"{self._holds()}, got one more")
         sample = Sample(tokens, loss_mask, topk_ids, topk_log_probs, tail_log_probs, context_length)
         try:
             check_sample(sample, self._manifest)
@@ -214,11 +223,20 @@ class ShardWriter:
             "context_length": np.array([context_length]),
             **self._codec.encode(topk_ids, topk_log_probs, tail_log_probs),
         }
-        for name, pair in self._pairs.items():
-            sequences[name] = pair.add(sequences[name])
-        self._checksums.append(checksum(sequences))
-        self._num_tokens += len(tokens)
-        self._num_supervised_tokens += len(tail_log_probs)
+        self.add_stored(sequences)
+
+    def add_stored(self, sequences: dict[str, Array]) -> None:
+        """Append the next sample, which has been checked and encoded.
+
+        Raises:
+            ValueError: the shard has all of its samples.
+        """
+        if len(self._checksums) == len(self._samples):
+            raise ValueError(f"{self._holds()}, got one more")
+        written = {name: pair.add(sequences[name]) for name, pair in self._pairs.items()}
+        self._checksums.append(checksum(written))
+        self._num_tokens += len(written["tokens"])
+        self._num_supervised_tokens += int(written["loss_mask"].sum())
 
     def finish(self) -> None:
         """Complete the files and flush them to the disk."""

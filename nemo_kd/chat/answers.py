@@ -1,9 +1,10 @@
-"""Lines of SFT data with a new answer in the place of the old one."""
+"""The answer of a line of SFT data: a new one in the place of the old one, and what it answers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+from nemo_kd.chat.formats import checked_text, read_conversation
 from nemo_kd.config import DataConfig
 
 # What `nemo-kd generate` adds to a line: how the answer was made, and the one that it replaces.
@@ -17,6 +18,51 @@ _TURNS = {
 # Speakers of messages and ShareGPT whose turn at the end of a line is its answer.
 _ANSWERING = ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "function_call")
 _KEYS = {"alpaca": "output", "prompt_completion": "completion"}
+
+
+class Exchange(NamedTuple):
+    """What a line says."""
+
+    turns: tuple[tuple[str, str], ...]  # before the answer: who speaks, and the text
+    answer: str
+
+    @property
+    def question(self) -> str:
+        """The text before the answer, without what the system says."""
+        return "\n".join(text for speaker, text in self.turns if speaker != "system")
+
+
+def read_exchange(record: dict[str, Any], data: DataConfig) -> Exchange:
+    """What a line says, in any format.
+
+    Args:
+        record: The line.
+        data: The settings, with the format of the files.
+
+    Raises:
+        ValueError: The line is none of that format, or does not end with an answer.
+    """
+    if data.format == "prompt":
+        *before, answer = (checked_text(record.get(key), key) for key in data.keys)
+        return Exchange(tuple(("user", text) for text in before), answer)
+    if data.format == "nemo_chat":
+        turns = record.get("conversations")
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+            raise ValueError(f"expected conversations to be a list of turns, got {turns!r:.60}")
+        said = [("system", checked_text(record.get("system"), "system"))]
+        for number, turn in enumerate(turns, 1):
+            who, text = (checked_text(turn.get(key), key, number) for key in ("from", "value"))
+            said.append((who, text))
+        ends = _answers(said[-1][0], record, "nemo_chat")
+    else:
+        conversation, _ = read_conversation(record, data.format)
+        if not conversation.messages:
+            return Exchange((("user", conversation.prompt),), conversation.completion)
+        said = [(message["role"], message["content"]) for message in conversation.messages]
+        ends = said[-1][0] == "assistant"
+    if not ends:
+        raise ValueError(f"expected an answer as the last turn, got one of {said[-1][0]}")
+    return Exchange(tuple(said[:-1]), said[-1][1])
 
 
 def answered(record: dict[str, Any], data: DataConfig, answer: str) -> dict[str, Any]:

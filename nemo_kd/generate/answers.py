@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from nemo_kd.cache.layout import Array
 from nemo_kd.generate.settings import SamplingConfig
@@ -38,6 +41,26 @@ class Answer(NamedTuple):
     failure: str = ""
     may_succeed_later: bool = False  # the server did not answer, or it was too busy
     rows: Rows | None = None
+
+
+def pack(answers: list[Answer]) -> dict[str, Array]:
+    """A block of answers as arrays."""
+    lines = [answer._replace(rows=None)._asdict() for answer in answers]
+    arrays: dict[str, Array] = {"answers": np.frombuffer(json.dumps(lines).encode(), np.uint8)}
+    if rows := [answer.rows for answer in answers if answer.rows is not None]:
+        joined = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        arrays |= dict(zip(Rows._fields, joined, strict=True))
+    return arrays
+
+
+def unpack(arrays: dict[str, Array]) -> Iterator[Answer]:
+    """The answers of a block, in their order."""
+    rows = [arrays[name] for name in Rows._fields if name in arrays]
+    end = 0
+    for line in json.loads(arrays["answers"].tobytes()):
+        answer = Answer(**line)
+        start, end = end, end + len(answer.ids)
+        yield answer._replace(rows=Rows(*(part[start:end] for part in rows)) if rows else None)
 
 
 # Numbered ranges of answers, and what is called with each range's answers, in their order.

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from nemo_kd.cache.lease import Lease
 from nemo_kd.cache.manifest import tokenizer_fingerprint
 from nemo_kd.chat.answers import GENERATION, answered
 from nemo_kd.chat.prompts import Prompts
-from nemo_kd.generate.answers import Answer, Engine, Request, Wanted
-from nemo_kd.generate.parts import Parts
+from nemo_kd.generate.answers import Answer, Engine, Request, Wanted, pack, unpack
 from nemo_kd.generate.settings import CaptureConfig, ServerConfig, Settings, read_all
 from nemo_kd.hf_tokenizer import HfTokenizer
+from nemo_kd.parts import Parts
 
 _TOO_LONG = "the prompt leaves no room for sampling.max_tokens in data.max_seq_length"
 _NUM_LISTED = 10
@@ -168,16 +169,17 @@ class Run:
             if any(answer.may_succeed_later for answer in answers):
                 held.append((block, answers))
             else:
-                self.parts.write(block, answers)
+                self.parts.write(block, pack(answers))
 
         with bar:
             engine.fill(((block, self._requests(block)) for block in missing), done)
         for block, answers in held:
-            self.parts.write(block, answers)
+            self.parts.write(block, pack(answers))
 
     def _answers(self) -> Iterator[Answer]:
         """All answers; those without text are failures."""
-        for answer in self.parts.read(self.num_blocks):
+        blocks = (unpack(self.parts.read(block)) for block in range(self.num_blocks))
+        for answer in chain.from_iterable(blocks):
             text = self._prompts.clean(answer.text)
             is_empty = not answer.failure and not text.strip()
             failure = "an empty answer" if is_empty else answer.failure

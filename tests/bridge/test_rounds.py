@@ -29,6 +29,7 @@ def arguments(models: dict[str, Path], prompts: Path, out: Path, heldout: Path) 
         "+generate.model.dtype=float32",
         "+generate.sampling.max_tokens=6",
         "+generate.sampling.n=2",
+        "+filter.filters=[duplicates]",
         "+dump.selection.k=8",
         f"+train.model.seq_length={MAX_SEQ_LENGTH}",
         "+train.train.train_iters=2",
@@ -53,10 +54,10 @@ def test_rounds(
     output = run_example(ROUNDS, *given, timeout=240)
     assert "| 1 | " in output, output[-3000:]
     rollouts = TopKCache.open(out / "round-1" / "cache")
-    answers = [json.loads(line) for line in (out / "round-1" / "answers.jsonl").open()]
+    answers = [json.loads(line) for line in (out / "round-1" / "kept.jsonl").open()]
     assert len(rollouts) == len(answers) > 0
-    # The teacher has scored what the student wrote.
-    source = (out / "round-1" / "answers.jsonl").stat().st_size
+    # The teacher has scored what the student wrote and no filter left out.
+    source = (out / "round-1" / "kept.jsonl").stat().st_size
     assert rollouts.manifest.sources[0].size_bytes == source
     weights = [
         path / "model.safetensors" for path in (wide_llamas["tied"], out / "round-1/student-hf")
@@ -64,7 +65,7 @@ def test_rounds(
     assert weights[0].read_bytes() != weights[1].read_bytes()
 
     output = run_example(ROUNDS, *given, "rounds=2", timeout=240)
-    assert output.count("done before") == 4, output[-3000:]
+    assert output.count("done before") == 5, output[-3000:]
     commands = {path.stem: path.read_text() for path in (out / "logs").glob("*.done")}
     assert f"model.hf_path={out}/round-1/student-hf" in commands["round-2-generate"]
     assert f"model.hf_path={wide_llamas['untied']}" in commands["round-2-dump"]

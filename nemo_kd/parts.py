@@ -1,9 +1,9 @@
-"""What a run has written so far: one file for each block of answers, beside the output.
+"""What a run that writes a jsonl has done so far: one file for each block, beside the output.
 
 answers.jsonl.parts/
-  settings.json   what the answers are made of; no other run may continue them
-  00000.npz ...   the answers of a block, and their rows; published by one rename
-  done.json       once the output is whole: its counts and failures; the blocks are removed
+  settings.json   what the output is made of; no other run may continue it
+  00000.npz ...   what was found for a block, as arrays; published by one rename
+  done.json       once the output is whole: its counts; the blocks are removed
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from nemo_kd.cache.layout import Array
 from nemo_kd.cache.pair import sync
-from nemo_kd.generate.answers import Answer, Rows
 from nemo_kd.student.run_record import changes
 
 _SETTINGS, _DONE, _CLAIM = "settings.json", "done.json", ".tmp-claim"
@@ -83,28 +83,15 @@ class Parts:
         there = {path.stem for path in self.path.glob("*.npz")}
         return [block for block in range(num_blocks) if f"{block:05d}" not in there]
 
-    def write(self, block: int, answers: list[Answer]) -> None:
+    def write(self, block: int, arrays: dict[str, Array]) -> None:
         """Publish a block, whole or not at all."""
-        lines = [answer._replace(rows=None)._asdict() for answer in answers]
-        arrays = {"answers": np.frombuffer(json.dumps(lines).encode(), np.uint8)}
-        if rows := [answer.rows for answer in answers if answer.rows is not None]:
-            joined = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-            arrays |= dict(zip(Rows._fields, joined, strict=True))
-        with self.new(self.path / f"{block:05d}.npz") as file:
+        with self.new(self._path_of(block)) as file:
             np.savez(file, **arrays)
 
-    def read(self, num_blocks: int) -> Iterator[Answer]:
-        """The answers of all blocks, in their order."""
-        for block in range(num_blocks):
-            with np.load(self.path / f"{block:05d}.npz", allow_pickle=False) as file:
-                arrays = dict(file)
-            rows = [arrays[name] for name in Rows._fields if name in arrays]
-            end = 0
-            for line in json.loads(arrays["answers"].tobytes()):
-                answer = Answer(**line)
-                start, end = end, end + len(answer.ids)
-                own = Rows(*(part[start:end] for part in rows)) if rows else None
-                yield answer._replace(rows=own)
+    def read(self, block: int) -> dict[str, Array]:
+        """The arrays of a block."""
+        with np.load(self._path_of(block), allow_pickle=False) as file:
+            return dict(file)
 
     @contextmanager
     def new(self, path: Path) -> Iterator[BinaryIO]:
@@ -115,6 +102,9 @@ class Parts:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+
+    def _path_of(self, block: int) -> Path:
+        return self.path / f"{block:05d}.npz"
 
     def _publish(self, name: str, content: dict[str, Any]) -> None:
         with self.new(self.path / name) as file:
