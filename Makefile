@@ -16,12 +16,13 @@ READY_VLLM := $(VENV_VLLM)/.ready
 # NeMo compiles its index helper with PATH's python3
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup setup-bridge setup-vllm test-bridge test-bridge-newest demo study test test-matrix fuzz lint format bench clean
+.PHONY: help setup setup-bridge setup-vllm test-bridge test-bridge-newest demo study study-tasks test test-matrix fuzz lint format bench clean
 
 help:
 	@echo "make setup  .venv with everything"
 	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes; HOST=bridge)"
 	@echo "make study  KD + SFT against SFT, two hours (SMALL=1: the same in minutes, for no figures)"
+	@echo "make study-tasks  the same, judged by right answers to tasks, about 80 minutes (SMALL=1)"
 	@echo "make test   all tests of the NeMo host, and of what no host is in"
 	@echo "make setup-bridge  .venv-bridge with Megatron-Bridge, the second host"
 	@echo "make test-bridge   the tests of the second host"
@@ -91,6 +92,9 @@ demo: $(if $(filter bridge,$(HOST)),$(READY_BRIDGE),$(READY))
 
 study: $(READY)
 	PYTHONPATH=examples $(BIN)/python studies/kd_vs_sft/study.py $(if $(SMALL),--small)
+
+study-tasks: $(READY_BRIDGE)
+	PYTHONPATH=examples $(VENV_BRIDGE)/bin/python studies/tasks/study.py $(if $(SMALL),--small)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)

@@ -142,8 +142,10 @@ def _container(config: DictConfig, provider: Any, distillation: DistillationConf
         dist=sections.DistributedInitConfig(distributed_backend="nccl" if on_gpu else "gloo"),
         mixed_precision=config.mixed_precision if on_gpu else None,
     )
-    if config.resume_changed:
+    # settings.json holds the schedule; Megatron's own check would refuse more steps as well.
+    if not container.scheduler.use_checkpoint_opt_param_scheduler:
         container.scheduler.override_opt_param_scheduler = True
+    if config.resume_changed:
         find_groups_by_kind()
     # Bridge leaves them null, and then multiplies null.
     for name in "start_weight_decay", "end_weight_decay":

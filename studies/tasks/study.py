@@ -1,0 +1,305 @@
+"""KD + SFT against SFT on tasks: the teacher writes, the students are judged by right answers.
+
+    make study-tasks            # on two cores; make study-tasks SMALL=1: the same chain in minutes
+
+A teacher and a student learn the tasks of questions.py by SFT. Then the teacher answers new
+questions, and the student goes on with its right answers, by SFT or by KD + SFT. All of it are the
+commands of examples/, on the host Megatron-Bridge. docs/study.md has the results. All files lie
+under outputs/study-tasks (SMALL=1: outputs/study-tasks-small); an interrupted study resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from demo import VOCAB_SIZE, teacher_gguf
+from demo_hosts import EXAMPLES, HOSTS
+from questions import KINDS, is_right, write_questions
+from report import write_report
+from steps import Steps, say, together, validation_curves
+
+from nemo_kd.sandbox import check_can_be_alone
+
+TAGS = HOSTS["bridge"].tags
+SEED = 1234
+LENGTH = 96  # tokens; no sample is cut
+TEMPLATE = "'Question: {input}\\nAnswer: {output}'"
+LAYERS = (0, 6, 12, 18, 24, 29)  # of the teacher's 30, as in the demo
+BATCH = 16
+CLAIM = 0.7  # the share of the steps after which KD + SFT is compared with SFT
+SFT = {"kd_loss_weight": 0, "sft_loss_weight": 1}
+# What the student's second training is: its cache, and keys of knowledge_distillation.
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "SFT": ("cache", SFT),
+    "KD + SFT, renormalize": ("cache", {"tail": "renormalize"}),
+    "KD + SFT, label": ("cache", {"tail": "label"}),
+    "KD + SFT, sampled": ("sampled", {"tail": "drop"}),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    questions: dict[str, int]
+    teacher_steps: int
+    warm_steps: int
+    legs: tuple[int, ...]
+    """steps after which a student is judged: CLAIM of all, and all"""
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+
+
+FULL = Scale(
+    questions={"sft": 1200, "prompts": 1200, "validation": 48, "test": 160},
+    teacher_steps=100,
+    warm_steps=180,
+    legs=(42, 60),
+    learning_rates=(2e-4, 6e-4),
+    seeds=(1, 2, 3),
+)
+SMALL = Scale(
+    questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},
+    teacher_steps=12,
+    warm_steps=8,
+    legs=(2, 3),
+    learning_rates=(2e-4,),
+    seeds=(1,),
+    objectives=("SFT", "KD + SFT, label"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A second training of the student."""
+
+    objective: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        words = self.objective.replace(" + ", "-").replace(", ", "-").lower()
+        return f"{words}-lr-{self.learning_rate:g}-seed-{self.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--small", action="store_true", help="the same in minutes; its figures mean nothing"
+    )
+    small = parser.parse_args().small
+    check_can_be_alone()  # the programs of the answers run in the sandbox
+    out = Path("outputs/study-tasks-small" if small else "outputs/study-tasks")
+    study = Study(out, SMALL if small else FULL)
+    study.prepare()
+    (out / "results.json").write_text(json.dumps(study.results(), indent=1) + "\n")
+    write_report(out)
+    say(f"\n{(out / 'report.md').read_text()}\n{out}/report.md, results.json, tasks.png")
+
+
+class Study:
+    def __init__(self, out: Path, scale: Scale) -> None:
+        self.out, self.scale = out, scale
+        self.steps = Steps(out, {"questions": scale.questions, "seed": SEED})
+
+    def prepare(self) -> None:
+        """Make teacher and student, the teacher's right answers, and the caches."""
+        out, scale = self.out, self.scale
+        write_questions(out, scale.questions, SEED)
+        gguf = (EXAMPLES / "bridge" / "gguf_to_hf.py", str(teacher_gguf()))
+        keep = ("--keep-layers", *map(str, LAYERS))
+        self.steps.run("import-base", *gguf, f"{out}/base-hf")
+        self.steps.run("import-cut", *gguf, f"{out}/cut-hf", *keep)
+        # SFT reads a cache too, of whose rows it uses none.
+        self.dump("base-hf", "sft.jsonl", "sft-cache", "selection.k=1", alone=True)
+        teacher, warm = scale.teacher_steps, scale.warm_steps
+        given = partial(self.train, caches=("sft-cache",), settings=SFT, seed=1)
+        files = f"dataset.validation_files=[{out}/validation.jsonl]"
+        data = (f"data.prompt_template={TEMPLATE}", f"train.eval_interval={max(1, warm // 8)}")
+        together(
+            [
+                partial(given, "teacher", "base-hf", teacher, 1e-4, files, *data),
+                partial(given, "warm", "cut-hf", warm, 1e-3, files, *data),
+            ]
+        )
+        together(
+            [partial(self.generate, "teacher-hf", name, 1) for name in ("prompts", "validation")]
+        )
+        self.steps.run(
+            "filter",
+            EXAMPLES / "filter_answers.py",
+            f"data.file_names=[{out}/prompts-answers.jsonl]",
+            f"output={out}/kept.jsonl",
+            "filters=[cut,duplicates,'studies.tasks.questions:is_right']",
+            f"data.prompt_template={TEMPLATE}",
+            f"cache.source={out}/prompts-cache",
+            f"cache.path={out}/cache",
+            alone=True,
+        )
+        whole = (f"selection.k={VOCAB_SIZE}", "cache.codec=raw")
+        draws = ("selection.kind=sample", "selection.num_draws=50")
+        together(
+            [
+                partial(self.dump, "teacher-hf", "kept.jsonl", "sampled", *draws),
+                # The whole distribution, so that the KL is over the whole vocabulary.
+                partial(self.dump, "teacher-hf", "validation-answers.jsonl", "heldout", *whole),
+            ]
+        )
+
+    def dump(self, model: str, data: str, cache: str, *more: str, alone: bool = False) -> None:
+        self.steps.run(
+            f"dump-{cache}",
+            EXAMPLES / "bridge" / "dump_teacher_topk.py",
+            "device=cpu",
+            f"model.hf_path={self.out}/{model}",
+            f"data.file_names=[{self.out}/{data}]",
+            f"data.prompt_template={TEMPLATE}",
+            f"data.max_seq_length={LENGTH}",
+            f"cache.path={self.out}/{cache}",
+            *more,
+            alone=alone,
+        )
+
+    def train(
+        self,
+        name: str,
+        student: str,
+        steps: int,
+        learning_rate: float,
+        *more: str,
+        caches: tuple[str, ...],
+        settings: dict[str, Any],
+        seed: int,
+    ) -> str:
+        """Train for so many steps in all, and return the name of the trained model's directory.
+
+        After ten steps the rate is constant, so that a shorter run is the begin of a longer one.
+        """
+        trained = f"{name}-hf"
+        self.steps.run(
+            f"train-{name}",
+            EXAMPLES / "bridge" / "train_kd_sft.py",
+            "device=cpu",
+            f"model.hf_path={self.out}/{student}",
+            f"model.seq_length={LENGTH}",
+            f"dataset.train_caches=[{','.join(f'{self.out}/{cache}' for cache in caches)}]",
+            f"dataset.seed={seed}",
+            "dataset.num_workers=0",
+            f"train.train_iters={steps}",
+            f"train.global_batch_size={BATCH}",
+            f"train.micro_batch_size={BATCH}",
+            f"optimizer.lr={learning_rate}",
+            "scheduler.lr_decay_style=constant",
+            "scheduler.lr_decay_iters=1000000",  # the same for all legs
+            "scheduler.lr_warmup_iters=10",
+            f"save_hf={self.out}/{trained}",
+            *(f"knowledge_distillation.{key}={value}" for key, value in settings.items()),
+            f"logger.tensorboard_dir={self.out}/runs/{name}",
+            *more,
+            directory=self.out / trained,
+        )
+        return trained
+
+    def generate(self, model: str, name: str, temperature: float) -> None:
+        """Let a model answer NAME.jsonl; with a temperature the rows are captured too."""
+        out, answers = self.out, f"{name}-answers" if temperature else f"{name}-{model}"
+        capture = [f"capture.path={out}/{name}-cache"] if temperature else []
+        self.steps.run(
+            f"generate-{answers}",
+            EXAMPLES / "generate_answers.py",
+            "device=cpu",
+            "model.dtype=float32",
+            f"model.hf_path={out}/{model}",
+            f"data.file_names=[{out}/{name}.jsonl]",
+            f"data.prompt_template={TEMPLATE}",
+            f"data.max_seq_length={LENGTH}",
+            f"sampling.temperature={temperature}",
+            "sampling.max_tokens=48",
+            f"output={out}/{answers}.jsonl",
+            *capture,
+        )
+
+    def judge(self, model: str) -> dict[str, float]:
+        """The share of right answers to the test questions, by kind and in all."""
+        path = self.out / "measures" / f"{model}.json"
+        if not path.exists():
+            self.generate(model, "test", 0)
+            lines = map(json.loads, (self.out / f"test-{model}.jsonl").open())
+            right = Counter(line["kind"] for line in lines if is_right(line))
+            asked = Counter(json.loads(line)["kind"] for line in (self.out / "test.jsonl").open())
+            shares = {kind: right[kind] / asked[kind] for kind in KINDS}
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(shares | {"all": right.total() / asked.total()}))
+        return dict(json.loads(path.read_text()))
+
+    def results(self) -> dict[str, Any]:
+        """Judge the models before; train and judge the sweep of rates, then the other seeds."""
+        scale, (first, *others) = self.scale, self.scale.seeds
+        before = together([partial(self.judge, f"{name}-hf") for name in ("teacher", "warm")])
+        runs = [
+            Run(each, rate, first) for each in scale.objectives for rate in scale.learning_rates
+        ]
+        rows = together([partial(self.run, run) for run in runs])
+        best: dict[str, list[dict[str, Any]]] = {}
+        for objective in scale.objectives:
+            swept = [row for row in rows if row["objective"] == objective]
+            best[objective] = [min(swept, key=lambda row: row["legs"][-1]["heldout_ce"])]
+            say(f"{objective}: best learning rate {best[objective][0]['learning_rate']:g}")
+        more = [
+            replace(Run(each, best[each][0]["learning_rate"], first), seed=seed)
+            for each in scale.objectives
+            for seed in others
+        ]
+        for row in together([partial(self.run, run) for run in more]):
+            best[row["objective"]].append(row)
+        kept, written = (
+            len((self.out / name).read_text().splitlines())
+            for name in ("kept.jsonl", "prompts-answers.jsonl")
+        )
+        curves = {name: validation_curves(self.out / "runs" / name) for name in ("teacher", "warm")}
+        return {
+            "teacher": before[0],
+            "student": before[1],
+            "sft_curves": {name: found[TAGS["heldout_ce"]] for name, found in curves.items()},
+            "answers": {"written": written, "kept": kept},
+            "sweep": rows,
+            "main": best,
+        }
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train in legs, and judge the student after each."""
+        cache, settings = OBJECTIVES[run.objective]
+        checkpoints, legs = self.out / "checkpoints" / run.name, []
+        for steps in self.scale.legs:
+            name = f"{run.name}-{steps}"
+            trained = self.train(
+                name,
+                "warm-hf",
+                steps,
+                run.learning_rate,
+                f"dataset.validation_caches=[{self.out}/heldout]",
+                f"train.eval_interval={steps}",
+                f"checkpoint.save={checkpoints}",  # where the next leg begins
+                "checkpoint.most_recent_k=1",
+                caches=(cache,),
+                settings=settings,
+                seed=run.seed,
+            )
+            right = self.judge(trained)
+            shutil.rmtree(self.out / trained, ignore_errors=True)
+            curves = validation_curves(self.out / "runs" / name)
+            last = {column: curves[tag][-1][1] for column, tag in TAGS.items()}
+            legs.append({"steps": steps, **last, "right": right})
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return {**asdict(run), "legs": legs}
+
+
+if __name__ == "__main__":
+    main()
