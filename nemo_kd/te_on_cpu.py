@@ -16,6 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm
 
+# What Megatron's local layers need in a model's provider, in the place of Transformer Engine's.
+PROVIDER_OVERRIDES: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_permute_fusion": False,
+    "bf16": False,
+    "fp16": False,
+    "params_dtype": torch.float32,
+    "autocast_dtype": torch.float32,
+    "pipeline_dtype": torch.float32,
+}
+
 
 def stand_in_for_transformer_engine() -> None:
     """Give Megatron Core these layers. Call it before core's models are imported."""
@@ -70,9 +88,11 @@ def _norm_parameters(size: int, config: Any) -> tuple[torch.nn.Parameter, Any]:
 
 
 class TENorm(torch.nn.Module):
-    """RMSNorm or LayerNorm, as `config.normalization` says."""
+    """RMSNorm or LayerNorm, as `config.normalization` says. Never fused with the residual sum."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, config: Any, hidden_size: int, eps: float = 1e-5, has_residual: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.eps = config, eps
         self.weight, self.bias = _norm_parameters(hidden_size, config)

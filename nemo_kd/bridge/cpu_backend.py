@@ -16,25 +16,11 @@ from nemo_kd.cuda_on_cpu import (
     name_tensors_as_cuda,
     refuse_gpus,
 )
-from nemo_kd.te_on_cpu import importable_transformer_engine, stand_in_for_transformer_engine
-
-# What Megatron's local layers need in a model's provider, in the place of Transformer Engine's.
-PROVIDER_OVERRIDES: dict[str, Any] = {
-    "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
-    "apply_rope_fusion": False,
-    "cross_entropy_loss_fusion": False,
-    "moe_permute_fusion": False,
-    "bf16": False,
-    "fp16": False,
-    "params_dtype": torch.float32,
-    "autocast_dtype": torch.float32,
-    "pipeline_dtype": torch.float32,
-}
+from nemo_kd.te_on_cpu import (
+    PROVIDER_OVERRIDES,
+    importable_transformer_engine,
+    stand_in_for_transformer_engine,
+)
 
 
 @functools.cache
@@ -82,7 +68,9 @@ def _import_bridge() -> None:
         import megatron.bridge
         import megatron.bridge.training.gpt_step
         import megatron.bridge.training.pretrain  # noqa: F401
+        from megatron.bridge.models.gemma import gemma2_provider
         from megatron.bridge.peft import utils
+    gemma2_provider._HAVE_FLEX_ATTN = False  # of Bridge 0.6; it has no gradient on a CPU
     utils.HAVE_TE = False  # the stand-ins are Megatron's own layers, and give adapters their sizes
 
 

@@ -7,25 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.bridge.peft.adapter_wrapper import AdapterWrapper
 from megatron.bridge.peft.lora import LoRA
-
-
-def check_output_layer(lora: LoRA, tied: bool, fused: bool) -> None:
-    """Raise a ValueError if the output layer gets an adapter and cannot have one.
-
-    Args:
-        tied: Whether its weight is the embedding's.
-        fused: Whether the loss computes its product.
-    """
-    if lora.match(torch.nn.Linear(1, 1), "output_layer"):
-        for is_so, why in (
-            (tied, "its weight is the embedding's, so that save_hf would lose the adapter"),
-            (fused, "knowledge_distillation.fuse_output_layer=true computes it without an adapter"),
-        ):
-            if is_so:
-                raise ValueError(f"peft.target_modules: expected no output_layer, got one: {why}")
 
 
 def add_adapters(container: Any, lora: LoRA, models: list[Any]) -> list[Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.bridge import AutoBridge
+from megatron.bridge import AutoBridge, __version__
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from omegaconf import DictConfig
+from packaging.version import Version
 
 from nemo_kd.bridge import cpu_backend
 from nemo_kd.hf_config import WINDOWED, check_hf_config
@@ -82,7 +83,10 @@ def _mend(provider: Any, hf_config: Any) -> None:
     if hf_config.model_type in WINDOWED and hf_config.sliding_window:
         # Hugging Face counts the token itself, Megatron those before it: Bridge is one too wide.
         before = hf_config.sliding_window - 1
-        provider.window_size = before if isinstance(provider.window_size, int) else (before, 0)
+        if not isinstance(provider.window_size, int):
+            provider.window_size = (before, 0)
+        elif Version(__version__) < Version("0.6"):  # whose Gemma 3 takes the one off itself
+            provider.window_size = before
     # Bridge sets it to false, and then marks no parameter as tensor-parallel, so that the gradient
     # norm at a tensor-parallel size above 1 counts the shards of rank 0 only.
     provider.perform_initialization = True

@@ -16,7 +16,7 @@ from nemo_kd.process import exit_stopped, rank, say
 from nemo_kd.ranks import check_batches, on_rank_zero, start, write_whole
 from nemo_kd.student.dataset import padding_multiple
 from nemo_kd.student.run_record import find_groups_by_kind, keep_record, renew_optimizer
-from nemo_kd.student.settings import check_settings
+from nemo_kd.student.settings import check_output_layer, check_settings
 from nemo_kd.values import set_fields
 
 
@@ -46,7 +46,7 @@ def train_kd_sft(config: DictConfig) -> None:
     dataset = container.dataset
     container.train.eval_iters = on_rank_zero(lambda: check_sets(dataset, config.model.hf_path))
     if config.peft.peft_scheme is not None:
-        from nemo_kd.bridge.lora import LoRA, add_adapters, check_output_layer
+        from nemo_kd.bridge.lora import LoRA, add_adapters
 
         lora = set_fields(LoRA(), config.peft, "peft", ("peft_scheme",))
         tied = provider.share_embeddings_and_output_weights

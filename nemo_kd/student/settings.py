@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.config import DistillationConfig, read_settings, refuse_unknown_keys
@@ -64,3 +66,20 @@ def check_settings(config: DictConfig) -> DistillationConfig:
             "leave nothing"
         )
     return distillation
+
+
+def check_output_layer(lora: Any, tied: bool, fused: bool) -> None:
+    """Raise a ValueError if the output layer gets an adapter and cannot have one.
+
+    Args:
+        lora: Bridge's, which matches names of layers.
+        tied: Whether its weight is the embedding's.
+        fused: Whether the loss computes its product.
+    """
+    if lora.match(torch.nn.Linear(1, 1), "output_layer"):
+        for is_so, why in (
+            (tied, "its weight is the embedding's, so that save_hf would lose the adapter"),
+            (fused, "knowledge_distillation.fuse_output_layer=true computes it without an adapter"),
+        ):
+            if is_so:
+                raise ValueError(f"peft.target_modules: expected no output_layer, got one: {why}")

@@ -22,8 +22,8 @@ from typing import Any
 from demo import VOCAB_SIZE, teacher_gguf
 from demo_hosts import EXAMPLES, HOSTS
 from questions import KINDS, is_right, write_questions
-from report import write_report
 from steps import Steps, say, together, validation_curves
+from tables import write_report
 
 from nemo_kd.sandbox import check_can_be_alone
 

@@ -1,6 +1,6 @@
 """Makes the study's tables and plot from its results: results.json -> report.md, tasks.png.
 
-python studies/tasks/report.py docs/study/tasks
+python studies/tasks/tables.py docs/study/tasks
 """
 
 from __future__ import annotations
