@@ -21,6 +21,8 @@ class Tokenizer:
         tokenizer = self.tokenizer
         return list(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)))
 
+    tokenize = text_to_ids  # what the datasets of Bridge 0.6 call
+
     def __getattr__(self, name: str) -> Any:
         if name == "_core":  # not there yet: while it is unpickled
             raise AttributeError(name)
