@@ -42,6 +42,8 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "KD + SFT, label": ("cache", {"tail": "label"}),
     "KD + SFT, sampled": ("sampled", {"tail": "drop"}),
 }
+# The same in rounds of student rollouts: their label is the student's own token.
+ROLLOUTS = {"divergence": "reverse_kl", "tail": "bucket", "sft_loss_weight": 0}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Scale:
     """steps after which a student is judged: CLAIM of all, and all"""
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    rounds: tuple[int, int]
+    """rounds of student rollouts, and the steps of each"""
     objectives: tuple[str, ...] = tuple(OBJECTIVES)
 
 
@@ -63,6 +67,7 @@ FULL = Scale(
     legs=(42, 60),
     learning_rates=(2e-4, 6e-4),
     seeds=(1, 2, 3),
+    rounds=(2, 30),
 )
 SMALL = Scale(
     questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},
@@ -71,6 +76,7 @@ SMALL = Scale(
     legs=(2, 3),
     learning_rates=(2e-4,),
     seeds=(1,),
+    rounds=(1, 2),
     objectives=("SFT", "KD + SFT, label"),
 )
 
@@ -102,6 +108,11 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps(study.results(), indent=1) + "\n")
     write_report(out)
     say(f"\n{(out / 'report.md').read_text()}\n{out}/report.md, results.json, tasks.png")
+
+
+def answers_of(name: str, model: str) -> str:
+    """The name of a model's greedy answers to NAME.jsonl."""
+    return f"{name}-{model.replace('/', '-')}"
 
 
 class Study:
@@ -209,7 +220,7 @@ class Study:
 
     def generate(self, model: str, name: str, temperature: float) -> None:
         """Let a model answer NAME.jsonl; with a temperature the rows are captured too."""
-        out, answers = self.out, f"{name}-answers" if temperature else f"{name}-{model}"
+        out, answers = self.out, f"{name}-answers" if temperature else answers_of(name, model)
         capture = [f"capture.path={out}/{name}-cache"] if temperature else []
         self.steps.run(
             f"generate-{answers}",
@@ -228,10 +239,10 @@ class Study:
 
     def judge(self, model: str) -> dict[str, float]:
         """The share of right answers to the test questions, by kind and in all."""
-        path = self.out / "measures" / f"{model}.json"
+        path = self.out / "measures" / f"{answers_of('test', model)}.json"
         if not path.exists():
             self.generate(model, "test", 0)
-            lines = map(json.loads, (self.out / f"test-{model}.jsonl").open())
+            lines = map(json.loads, (self.out / f"{answers_of('test', model)}.jsonl").open())
             right = Counter(line["kind"] for line in lines if is_right(line))
             asked = Counter(json.loads(line)["kind"] for line in (self.out / "test.jsonl").open())
             shares = {kind: right[kind] / asked[kind] for kind in KINDS}
@@ -271,6 +282,7 @@ class Study:
             "answers": {"written": written, "kept": kept},
             "sweep": rows,
             "main": best,
+            "rollouts": self.rollouts(best["KD + SFT, label"][0]["learning_rate"]),
         }
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -299,6 +311,46 @@ class Study:
             legs.append({"steps": steps, **last, "right": right})
         shutil.rmtree(checkpoints, ignore_errors=True)
         return {**asdict(run), "legs": legs}
+
+    def rollouts(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Rounds in which the student writes, the teacher scores, and the student trains."""
+        (rounds, steps), out, chain = self.scale.rounds, self.out, self.out / "rounds"
+        trained = {
+            "model.seq_length": LENGTH,
+            "train.train_iters": steps,
+            "train.global_batch_size": BATCH,
+            "train.micro_batch_size": BATCH,
+            "train.eval_interval": steps,
+            "optimizer.lr": learning_rate,
+            "scheduler.lr_decay_style": "constant",
+            "scheduler.lr_warmup_iters": 10,
+            "dataset.num_workers": 0,
+            **{f"knowledge_distillation.{key}": value for key, value in ROLLOUTS.items()},
+        }
+        self.steps.run(
+            "rounds",
+            EXAMPLES / "rounds.py",
+            "device=cpu",
+            f"teacher={out}/teacher-hf",
+            f"student={out}/warm-hf",
+            f"prompts=[{out}/prompts.jsonl]",
+            f"output={chain}",
+            f"rounds={rounds}",
+            f"heldout_caches=[{out}/heldout]",
+            f"sft.caches=[{out}/cache]",
+            f"+data.prompt_template={TEMPLATE}",
+            f"+data.max_seq_length={LENGTH}",
+            "+generate.model.dtype=float32",
+            "+generate.sampling.max_tokens=48",
+            "+filter.filters=[cut,duplicates]",
+            *(f"+train.{key}={value}" for key, value in trained.items()),
+            alone=True,
+        )
+        _, *rows = json.loads((chain / "results.json").read_text())  # the first is before them
+        for row in rows:
+            row["steps"] = row["round"] * steps
+            row["right"] = self.judge(f"rounds/round-{row['round']}/student-hf")
+        return list(rows)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ def main_table(results: Results) -> str:
             right = [percent([leg["right"][kind] for leg in legs]) for kind in KINDS]
             measures = [spread([leg[measure] for leg in legs]) for measure in MEASURES]
             lines.append([objective, str(legs[0]["steps"]), *right, *measures])
+    for leg in results["rollouts"]:
+        right = [percent([leg["right"][kind]]) for kind in KINDS]
+        measures = [f"{leg[measure]:.3f}" for measure in MEASURES]
+        lines.append(["student rollouts, reverse KL", str(leg["steps"]), *right, *measures])
     return table(["objective", "steps", *KINDS, *MEASURES.values()], lines)
 
 
