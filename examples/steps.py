@@ -106,14 +106,16 @@ def say(line: str) -> None:
 
 
 def validation_curves(logs: Path) -> Curves:
-    """The validation scalars of a run's TensorBoard file."""
+    """The validation scalars of a run's TensorBoard files, of which each start wrote one."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(next(logs.rglob("events.out.tfevents.*"))))
-    events.Reload()
-    return {
-        # TensorBoard counts steps from 0
-        tag: [(event.step + 1, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if "validation" in tag
-    }
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(logs.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if "validation" in tag:
+                # TensorBoard counts steps from 0. A later start repeats some of them.
+                points = {event.step + 1: event.value for event in events.Scalars(tag)}
+                found[tag] = found.get(tag, {}) | points
+    return {tag: sorted(points.items()) for tag, points in found.items()}

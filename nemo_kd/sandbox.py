@@ -50,7 +50,8 @@ os.chdir(work)
 without_rights = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
 sys.exit(subprocess.call([*without_rights, *sys.argv[2:]], close_fds=False))
 """
-# The program ends with this process, however that ends: unshare takes its namespaces along.
+# The program ends with the thread that started it, however that ends: unshare takes its namespaces
+# along.
 _UNSHARE = (
     *("setpriv", "--pdeathsig", "KILL", "--"),
     *("unshare", "--user", "--map-root-user", "--net", "--ipc", "--mount"),
@@ -59,7 +60,8 @@ _UNSHARE = (
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _MOST_PROCESSES = 64  # RLIMIT_NPROC does not bind root
 _WATCH_S = 0.02
-# What was written proves that the program came to its end: sys.exit(0) and os._exit(0) do not.
+# One half of the token proves that the program began, the other that it came to its end, which
+# sys.exit(0) and os._exit(0) do not.
 _RUN = """
 import os, resource, sys
 token, program = sys.stdin.buffer.read(32), sys.stdin.buffer.read()
@@ -68,8 +70,9 @@ os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 for limit, value in (("AS", memory), ("FSIZE", 1 << 26), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (value, value))
 sys.argv = ["program.py"]
+os.write(end, token[:16])
 exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-os.write(end, token)
+os.write(end, token[16:])
 """
 
 
@@ -90,6 +93,7 @@ def run_untrusted(code: str, *, time_limit_s: float = 10, memory_limit_mb: int =
 
     Raises:
         ValueError: This machine does not let a program be alone.
+        OSError: It did so before and does not any more, or the memory is too little to begin with.
     """
     check_can_be_alone()
     return _run(code, time_limit_s, memory_limit_mb)
@@ -101,11 +105,14 @@ def check_can_be_alone() -> None:
 
     Without them a program of one line ends all processes of the user who runs it.
     """
-    outcome = _run("pass", 30, 1024)
-    if not outcome.passed:
+    try:
+        found = _run("pass", 30, 1024).reason
+    except OSError as error:
+        found = str(error)
+    if found:
         raise ValueError(
             "this machine lets no program have namespaces of its own (unshare of Linux: "
-            f"{outcome.reason}), and programs of a model are not run without them. Run it outside "
+            f"{found}), and programs of a model are not run without them. Run it outside "
             "a container, or in one that allows unshare and mount, as docker run --privileged"
         )
 
@@ -133,8 +140,6 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int) -> Outcome:
                 pass_fds=(end,),
                 start_new_session=True,
             )
-        except OSError as error:
-            return Outcome(False, str(error))
         finally:
             os.close(end)
         try:
@@ -142,11 +147,15 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int) -> Outcome:
         finally:
             _end(process)
         os.set_blocking(reached.fileno(), False)
-        if reached.read() == token:
+        written = reached.read() or b""
+        if written == token:
             return Outcome(True, "")
         errors.seek(max(0, errors.tell() - 1000))
         last = errors.read().decode(errors="replace").strip().splitlines()
-        return Outcome(False, reason or (last or ["ended before its end"])[-1])
+        reason = reason or (last or ["ended before its end"])[-1]
+        if not written and not reason.startswith("took over"):
+            raise OSError(f"a program could not be run alone: {reason}")
+        return Outcome(False, reason)
 
 
 def _watch(process: subprocess.Popen[bytes], time_limit_s: float, memory_limit_mb: int) -> str:

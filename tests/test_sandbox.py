@@ -64,8 +64,17 @@ def test_nothing_is_left_running() -> None:
         assert not is_running(mark), code
 
 
+def test_a_program_that_cannot_begin_is_no_failing_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the machine has no namespaces left."""
+    monkeypatch.setattr(sandbox, "_UNSHARE", ("unshare", "--no-such-option"))
+    with pytest.raises(OSError, match="could not be run alone: unshare"):
+        run_untrusted("pass")
+
+
 def test_a_program_ends_with_a_killed_caller() -> None:
-    call = "from nemo_kd.sandbox import run_untrusted as run; run('import time; time.sleep(60)')"
+    call = "from nemo_kd.sandbox import _run; _run('import time; time.sleep(60)', 60, 1024)"
     caller = subprocess.Popen([sys.executable, "-c", call])
     end = time.monotonic() + 30
     while not is_alone(caller.pid) and time.monotonic() < end:

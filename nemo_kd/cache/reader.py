@@ -106,16 +106,24 @@ class TopKCache:
 
         Decoding the rows takes most of the time. Their bytes are read and checked all the same.
         """
+        shard, position = self._place(index)
+        return shard.sample(position, rows)
+
+    def stored(self, index: int) -> dict[str, Array]:
+        """The arrays of sample `index` as they are stored, for a copy of it; errors as `read`.
+
+        In a cache of version 1, which has no checksums of samples, damage is not noticed.
+        """
+        shard, position = self._place(index)
+        return shard.stored(position)
+
+    def _place(self, index: int) -> tuple[_Shard, int]:
+        """The shard of a sample, and the sample's place in it."""
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"sample {index} of a cache of {len(self)} samples")
         shard, position = divmod(number, self.manifest.samples_per_shard)
-        return self._shard(shard).sample(position, rows)
-
-    def stored(self, index: int) -> dict[str, Array]:
-        """The arrays of sample `index` as they are stored, for a copy of it; errors as `read`."""
-        shard, position = divmod(index, self.manifest.samples_per_shard)
-        return self._shard(shard).stored(position)
+        return self._shard(shard), position
 
     def num_tokens(self) -> Array:
         """Tokens of each sample, int32 [samples]. Reads one .idx of each shard.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 from nemo_kd.chat.formats import checked_text, read_conversation
@@ -24,12 +25,13 @@ class Exchange(NamedTuple):
     """What a line says."""
 
     turns: tuple[tuple[str, str], ...]  # before the answer: who speaks, and the text
-    answer: str
+    answer: str  # calls of tools are part of a text, as JSON
 
     @property
     def question(self) -> str:
-        """The text before the answer, without what the system says."""
-        return "\n".join(text for speaker, text in self.turns if speaker != "system")
+        """The text before the answer, without what the system says and which tools there are."""
+        hidden = ("system", "tools")
+        return "\n".join(text for speaker, text in self.turns if speaker not in hidden)
 
 
 def read_exchange(record: dict[str, Any], data: DataConfig) -> Exchange:
@@ -58,7 +60,10 @@ def read_exchange(record: dict[str, Any], data: DataConfig) -> Exchange:
         conversation, _ = read_conversation(record, data.format)
         if not conversation.messages:
             return Exchange((("user", conversation.prompt),), conversation.completion)
-        said = [(message["role"], message["content"]) for message in conversation.messages]
+        said = [("tools", json.dumps(conversation.tools))] if conversation.tools else []
+        for message in conversation.messages:
+            calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+            said.append((message["role"], message["content"] + calls))
         ends = said[-1][0] == "assistant"
     if not ends:
         raise ValueError(f"expected an answer as the last turn, got one of {said[-1][0]}")

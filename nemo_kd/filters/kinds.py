@@ -1,4 +1,4 @@
-"""The filters: each is called with answers, those to one prompt together, and says which stay."""
+"""The filters: each is called with all answers to some prompts, and says which of them stay."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-import xxhash
-
+from nemo_kd.cache.manifest import fingerprint_file
 from nemo_kd.chat.answers import GENERATION, REFERENCE, Exchange
+from nemo_kd.chat.samples import fingerprint_source
 from nemo_kd.config import read_settings
 from nemo_kd.filters.overlap import Decontaminate
 from nemo_kd.sandbox import check_can_be_alone, run_untrusted
 
 _PYTHON_BLOCK = re.compile(r"```(?:python|py)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _ANY_BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_NUM_AT_ONCE = os.cpu_count() or 1
+_NUM_AT_ONCE = len(os.sched_getaffinity(0))  # the cores of this job
 
 
 class Answered(NamedTuple):
@@ -34,7 +35,7 @@ class Answered(NamedTuple):
 
 
 class Filter(Protocol):
-    """Says of each of some lines whether it stays."""
+    """Says of each line whether it stays. It is called with all answers to a prompt together."""
 
     def __call__(self, lines: Sequence[Answered]) -> list[bool]: ...
 
@@ -54,30 +55,24 @@ class Cut(Filter):
         _finish_reason(record)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Duplicates(Filter):
     """Leaves out an answer that was given to the same prompt before, whatever its white space."""
 
-    def __post_init__(self) -> None:
-        self._seen: set[int] = set()
-
     def __call__(self, lines: Sequence[Answered]) -> list[bool]:
-        return [self._is_new(line) for line in lines]
-
-    def _is_new(self, line: Answered) -> bool:
-        turns, answer = line.exchange
-        content = repr((turns, answer.split())).encode()
-        num_seen = len(self._seen)
-        self._seen.add(xxhash.xxh3_128_intdigest(content))
-        return len(self._seen) > num_seen
+        first: dict[tuple[Any, ...], int] = {}  # where each prompt and answer is first
+        return [
+            first.setdefault((line.exchange.turns, *line.exchange.answer.split()), number) == number
+            for number, line in enumerate(lines)
+        ]
 
 
 @dataclass(frozen=True)
 class Majority(Filter):
     """Keeps the answers whose final answer, as math-verify reads it, is the right one.
 
-    Right is, with by=votes, the one that most answers to the prompt give, and none if two are given
-    equally often (self-consistency, arXiv 2203.11171); with by=reference that of the line's
+    Right is, with by=votes, the one that more answers to the prompt give than any other
+    (self-consistency, arXiv 2203.11171), and none in a tie; with by=reference that of the line's
     `reference`. An answer without a final answer has no vote and does not stay.
     """
 
@@ -95,18 +90,18 @@ class Majority(Filter):
 
     def __call__(self, lines: Sequence[Answered]) -> list[bool]:
         if self.by == "reference":
-            return [
-                _same(_final(_reference(line.record)), _final(line.exchange.answer))
-                for line in lines
-            ]
+            return [_same(_right(line.record), _final(line.exchange.answer)) for line in lines]
         kept: list[bool] = []
         for _, group in groupby(lines, key=lambda line: line.exchange.turns):
             kept += _most_frequent([_final(line.exchange.answer) for line in group])
         return kept
 
     def check(self, record: dict[str, Any]) -> None:
-        if self.by == "reference":
-            _reference(record)
+        if self.by == "reference" and not _right(record):
+            raise ValueError(
+                f"expected {REFERENCE} with a final answer that math-verify reads, a number, an "
+                f"expression or LaTeX, got {record[REFERENCE]!r:.60}"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,6 +111,11 @@ class Code(Filter):
     tests_key: str = "tests"
     time_limit_s: float = 10.0
     memory_limit_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, lowest in ("time_limit_s", 1), ("memory_limit_mb", 64):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"expected {name} >= {lowest}, got {getattr(self, name)}")
 
     def __call__(self, lines: Sequence[Answered]) -> list[bool]:
         programs = [
@@ -147,9 +147,11 @@ class Own(Filter):
         try:
             self._function: Callable[..., Any] = getattr(importlib.import_module(module), function)
             inspect.signature(self._function).bind({}, **settings)
-        except (ImportError, AttributeError, TypeError) as error:
+        except (ImportError, AttributeError, TypeError, SyntaxError) as error:
             raise ValueError(f"{name}: {error}") from error
         self._name, self._settings = name, settings
+        path = getattr(sys.modules[module], "__file__", None)
+        self.fingerprint = path and fingerprint_file(path).xxh3_128  # of the module's text
 
     def __call__(self, lines: Sequence[Answered]) -> list[bool]:
         return [*map(self._stays, lines)]
@@ -178,8 +180,16 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def read_filters(given: Sequence[Any], run_untrusted_code: bool) -> Iterator[tuple[str, Filter]]:
-    """Yield the filters that the YAML lists, with their names.
+class Named(NamedTuple):
+    """A filter of the YAML."""
+
+    name: str
+    keeps: Filter
+    record: dict[str, Any]  # what decides its verdicts
+
+
+def read_filters(given: Sequence[Any], run_untrusted_code: bool) -> Iterator[Named]:
+    """Yield the filters that the YAML lists.
 
     Args:
         given: Each a name, or a mapping of `name` and the settings.
@@ -199,13 +209,21 @@ def read_filters(given: Sequence[Any], run_untrusted_code: bool) -> Iterator[tup
                     "run_untrusted_code=true to let it"
                 )
             check_can_be_alone()
+        record = {"name": name, **settings}
         if name in _KINDS:
-            yield name, read_settings(_KINDS[name], settings, where)
+            keeps = read_settings(_KINDS[name], settings, where)
+            if name == "majority":
+                record["math-verify"] = version("math-verify")
+            elif name == "decontaminate":
+                files = map(fingerprint_source, settings["file_names"])
+                record["file_names"] = [file.xxh3_128 for file in files]
+            yield Named(name, keeps, record)
         elif isinstance(name, str) and ":" in name:
             try:
-                yield name, Own(name, settings)
+                own = Own(name, settings)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
+            yield Named(name, own, record | {"module": own.fingerprint})
         else:
             raise ValueError(
                 f"{where}: expected one of {', '.join(_KINDS)}, or MODULE:FUNCTION, got {name!r}"
@@ -257,6 +275,13 @@ def _final(text: str) -> list[Any]:
 
     found: list[Any] = parse(text)
     return found
+
+
+def _right(record: dict[str, Any]) -> list[Any]:
+    """The final answer of a reference. Many data sets have there nothing but LaTeX."""
+    text = _reference(record)
+    is_bare = "\\" in text and not re.search(r"\$|\\boxed|\\\(|\\\[", text)
+    return _final(f"${text}$" if is_bare else text)
 
 
 def _same(right: list[Any], found: list[Any]) -> bool:

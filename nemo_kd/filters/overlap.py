@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import string
+import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,16 +18,15 @@ from nemo_kd.chat.lines import read_lines
 from nemo_kd.chat.samples import with_found_format
 from nemo_kd.config import DataConfig
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
 
 @dataclass(frozen=True)
 class Decontaminate:
     """Leaves out a line whose question or answer shares `n` words in a row with held-out data.
 
     Words are compared in lower case and without punctuation, as GPT-3's (arXiv 2005.14165, appendix
-    C, where n is 8 to 13). A held-out question of fewer than n words is compared as a whole. What
-    the system says is not compared, because most prompts of a data set have the same.
+    C, where n is 8 to 13). A held-out question of fewer than n words is compared as a whole, and
+    with its punctuation. What the system says is not compared, because most prompts of a data set
+    have the same.
 
     Args:
         file_names: The held-out files, in any format of the data.
@@ -46,7 +46,7 @@ class Decontaminate:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"expected n >= 1, got {self.n}")
-        _ = self._held_out
+        _ = self._held_out  # its files are read before a line is judged
 
     def check(self, record: dict[str, Any]) -> None:
         """Nothing: it looks at texts alone."""
@@ -54,7 +54,7 @@ class Decontaminate:
     def __call__(self, lines: Sequence[Any]) -> list[bool]:
         grams, questions = self._held_out
         return [
-            " ".join(words(line.exchange.question)) not in questions
+            _plain(line.exchange.question) not in questions
             and not any(
                 gram in grams
                 for text in (line.exchange.question, line.exchange.answer)
@@ -78,12 +78,14 @@ class Decontaminate:
         questions: set[str] = set()
 
         def read(record: dict[str, Any]) -> None:
-            line = answered(record, data, "")
-            question, right = read_exchange(line, data).question, line.get(REFERENCE)
-            for text in (question, right):
+            given = record.get(REFERENCE)
+            # Without the line's own reference, so that its answer, if it has one, stands there.
+            line = answered({k: v for k, v in record.items() if k != REFERENCE}, data, "")
+            question = read_exchange(line, data).question
+            for text in (question, line.get(REFERENCE), given):
                 grams.update(self._grams(text) if isinstance(text, str) else ())
-            if len(short := words(question)) < self.n:
-                questions.add(" ".join(short))
+            if question.strip() and len(words(question)) < self.n:
+                questions.add(_plain(question))
 
         with TemporaryDirectory() as directory:
             for path in self.file_names:
@@ -99,4 +101,16 @@ class Decontaminate:
 
 def words(text: str) -> list[str]:
     """The words of a text, in lower case and without punctuation."""
-    return text.lower().translate(_PUNCTUATION).split()
+    return text.lower().translate(_punctuation()).split()
+
+
+def _plain(text: str) -> str:
+    """A text in lower case, with single blanks."""
+    return " ".join(text.lower().split())
+
+
+@cache
+def _punctuation() -> dict[int, None]:
+    """All of Unicode's, for str.translate to leave out."""
+    codes = range(sys.maxunicode + 1)
+    return dict.fromkeys(code for code in codes if unicodedata.category(chr(code))[0] == "P")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,17 @@ from nemo_kd.cache import CacheWriter, SourceFile, TopKCache
 from nemo_kd.cache.layout import Array
 from nemo_kd.cache.lease import Lease
 from nemo_kd.cache.manifest import FORMAT_VERSION, fingerprint_file
-from nemo_kd.chat.answers import Exchange, read_exchange
+from nemo_kd.chat.answers import read_exchange
 from nemo_kd.chat.files import as_jsonl, read_object
 from nemo_kd.chat.lines import read_lines
 from nemo_kd.chat.samples import fingerprint_source, index_directory, with_found_format
 from nemo_kd.config import DataConfig, read_settings, refuse_unknown_keys
-from nemo_kd.filters.kinds import Answered, Duplicates, Filter, read_filters
+from nemo_kd.filters.kinds import Answered, Filter, Named, read_filters
 from nemo_kd.parts import Parts
 from nemo_kd.yaml_rules import check_yaml_values
 
 _DATA = ("file_names", "format", "prompt_template", "label_key", "index_mapping_dir")
-_BLOCK = 256  # lines that are judged together, or a few more: answers to one prompt stay together
+_BLOCK = 256  # lines that are judged together, or more: answers to one prompt stay together
 _STAYS = -1
 
 
@@ -43,26 +45,31 @@ def filter_answers(config: DictConfig) -> None:
     data = given["data"] | {"truncation_field": given["data"]["label_key"]}
     filters = [*read_filters(given["filters"], given["run_untrusted_code"])]
     lines = Lines(
-        with_found_format(read_settings(DataConfig, data, "data")), [each for _, each in filters]
+        with_found_format(read_settings(DataConfig, data, "data")),
+        [each.keeps for each in filters],
     )
     cache = _cache_of(given["cache"], lines)
     record = {
         "files": [source.xxh3_128 for source in lines.sources],
-        "filters": [_record_of(each) for each in given["filters"]],
+        "filters": [each.record for each in filters],
         "data": {name: getattr(lines.data, name) for name in ("format", *_DATA[2:4])},
         "cache": cache and cache.manifest.fingerprint,
     }
     parts.check(record)
     if (counts := parts.done()) is not None:
         parts.clean()
+        if cache is not None:
+            TopKCache.open(given["cache"]["path"])
         print(f"{parts.output}: whole already\n{_table(counts)}")
         return
+    if cache is not None and not parts.path.exists():
+        _check_new(given["cache"]["path"])
     parts.begin(record)
     with Lease(parts.claim) as held:
         if not held:
             raise ValueError(f"output: another process is writing {parts.output}")
         removed_by = _judge(lines, filters, parts)
-        counts = _counts(removed_by, [name for name, _ in filters])
+        counts = _counts(removed_by, [each.name for each in filters])
         kept = np.flatnonzero(removed_by == _STAYS)
         if not len(kept):
             raise ValueError(f"{parts.output}: no answer would stay:\n{_table(counts)}")
@@ -79,69 +86,63 @@ class Lines:
     """The lines of all files, in their order. Each is read, and checked, when this is made.
 
     Raises:
-        ValueError: A line has no answer, is none of its format, or lacks what a filter looks at;
-            names the file and the line.
+        ValueError: A line does not end with an answer, is none of its format, or lacks what a
+            filter looks at; names the file and the line.
     """
 
     def __init__(self, data: DataConfig, filters: list[Filter]) -> None:
         self.data, self._filters = data, filters
         self.sources = tuple(map(fingerprint_source, data.file_names))
         directory = index_directory(data.index_mapping_dir, self.sources)
-        self._places: list[tuple[str, str, int]] = []  # file, name of the line, and offset
-        prompts: list[int] = []
-        for path in data.file_names:
-            file = as_jsonl(path, directory)
-            for number, (offset, prompt) in enumerate(read_lines(file, self._prompt_of, path), 1):
-                self._places.append((file, f"{path}, line {number}", offset))
-                prompts.append(prompt)
-        if not prompts:
+        self._files = [as_jsonl(path, directory) for path in data.file_names]
+        found = [
+            (number, offset, prompt)
+            for number, path in enumerate(data.file_names)
+            for offset, prompt in read_lines(self._files[number], self._prompt_of, path)
+        ]
+        if not found:
             raise ValueError(f"{data.file_names[0]}: expected answers, found only empty lines")
-        self._prompts = np.array(prompts, np.uint64)
+        self._of_file, self._offsets, self._prompts = (
+            np.array(column, np.uint64) for column in zip(*found, strict=True)
+        )
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
-    def blocks(self) -> list[range]:
-        """All lines, in ranges that never part answers to one prompt that follow each other."""
-        # Where another prompt begins than that of the line before.
-        begins = np.flatnonzero(self._prompts[1:] != self._prompts[:-1]) + 1
+    def blocks(self) -> list[Array]:
+        """The numbers of all lines, in blocks: all answers to a prompt are in one, in their order.
+
+        The prompts are in the order of their first lines.
+        """
+        _, first, prompt = np.unique(self._prompts, return_index=True, return_inverse=True)
+        order = np.argsort(first[prompt], kind="stable")
+        begins = np.flatnonzero(np.diff(first[prompt][order], prepend=-1))  # of each prompt
         bounds = [0]
         for begin in (*begins.tolist(), len(self)):
             if begin - bounds[-1] >= _BLOCK or begin == len(self):
                 bounds.append(begin)
-        return [range(*bound) for bound in pairwise(bounds)]
+        return [order[start:stop] for start, stop in pairwise(bounds)]
 
     def __getitem__(self, number: int) -> Answered:
         record = read_object(self.bytes_of(number))
-        return Answered(self._places[number][1], record, self._read(record))
+        file = self._of_file[number]
+        line = number - int(np.searchsorted(self._of_file, file)) + 1
+        place = f"{self.data.file_names[file]}, line {line}"
+        return Answered(place, record, read_exchange(record, self.data))
 
     def bytes_of(self, number: int) -> bytes:
-        """The line as it is in its file, with its end."""
-        file, _, offset = self._places[number]
-        with open(file, "rb") as stream:
-            stream.seek(offset)
+        """The line as it is in its file, with a line feed at its end."""
+        with open(self._files[self._of_file[number]], "rb") as stream:
+            stream.seek(int(self._offsets[number]))
             return stream.readline().rstrip(b"\r\n") + b"\n"
-
-    def _read(self, record: dict[str, Any]) -> Exchange:
-        exchange = read_exchange(record, self.data)
-        if not exchange.answer.strip():
-            raise ValueError("expected an answer, found none")
-        return exchange
 
     def _prompt_of(self, record: dict[str, Any]) -> int:
         for each in self._filters:
             each.check(record)
-        return xxhash.xxh3_64_intdigest(repr(self._read(record).turns).encode())
+        return xxhash.xxh3_64_intdigest(repr(read_exchange(record, self.data).turns).encode())
 
 
-def _record_of(given: Any) -> Any:
-    """A filter's settings, with the content of the files that it reads."""
-    if isinstance(given, str) or "file_names" not in given:
-        return given
-    return {**given, "file_names": [fingerprint_source(p).xxh3_128 for p in given["file_names"]]}
-
-
-def _judge(lines: Lines, filters: list[tuple[str, Filter]], parts: Parts) -> Array:
+def _judge(lines: Lines, filters: list[Named], parts: Parts) -> Array:
     """Which filter removes each line, by its number, or _STAYS; int16 [lines].
 
     Blocks that an interrupted run has judged are read.
@@ -154,32 +155,21 @@ def _judge(lines: Lines, filters: list[tuple[str, Filter]], parts: Parts) -> Arr
     )
     with bar:
         for number, block in enumerate(blocks):
-            if number not in missing:
-                found = parts.read(number)["removed_by"]
-                _remember([lines[i] for i in block], found, filters)
-            else:
+            if number in missing:
                 found = _judge_block([lines[i] for i in block], filters)
                 parts.write(number, {"removed_by": found})
-            removed_by[block.start : block.stop] = found
+            removed_by[block] = parts.read(number)["removed_by"]
             bar.update(len(block))
     return removed_by
 
 
-def _judge_block(block: list[Answered], filters: list[tuple[str, Filter]]) -> Array:
+def _judge_block(block: list[Answered], filters: list[Named]) -> Array:
     removed_by = np.full(len(block), _STAYS, np.int16)
-    for number, (_, keeps) in enumerate(filters):
+    for number, each in enumerate(filters):
         left = np.flatnonzero(removed_by == _STAYS)
-        kept = np.array(keeps([block[i] for i in left]), bool)
+        kept = np.array(each.keeps([block[i] for i in left]), bool)
         removed_by[left[~kept]] = number
     return removed_by
-
-
-def _remember(block: list[Answered], found: Array, filters: list[tuple[str, Filter]]) -> None:
-    """Show a judged block to the filters that compare with earlier answers."""
-    for number, (_, each) in enumerate(filters):
-        if isinstance(each, Duplicates):
-            reached = (found == _STAYS) | (found >= number)
-            each([line for line, here in zip(block, reached, strict=True) if here])
 
 
 def _cache_of(section: dict[str, Any], lines: Lines) -> TopKCache | None:
@@ -205,7 +195,18 @@ def _cache_of(section: dict[str, Any], lines: Lines) -> TopKCache | None:
             f"cache.source: expected the cache of {', '.join(lines.data.file_names)}, one sample a "
             f"line, got one of {len(cache)} samples that was made of {names}"
         )
+    if cache.manifest.format_version == 1:  # a sample has no checksum, but a file has
+        for fault in cache.verify():
+            raise ValueError(fault)
     return cache
+
+
+def _check_new(path: str) -> None:
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise ValueError(f"cache.path: expected a new directory, but {path} exists")
+    there = next(each for each in Path(path).absolute().parents if each.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"cache.path: expected a directory to write in, got {path}")
 
 
 def _copy_cache(
