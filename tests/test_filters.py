@@ -220,7 +220,10 @@ def test_calls_of_tools_are_part_of_an_answer(tmp_path: Path) -> None:
         ("{name:majority,by:mean}", "filters.0: expected by=votes or by=reference"),
         ("code", "set run_untrusted_code=true"),
         ("{name:decontaminate}", "filters.0: expected file_names=["),
-        ("{name:decontaminate,file_names:[nowhere.jsonl]}", "found no nowhere.jsonl"),
+        (
+            "{name:decontaminate,file_names:[nowhere.jsonl]}",
+            "filters.0: file_names: expected held-out files, found no",
+        ),
         ("", "filters: expected a list [...] of one or more values"),
     ],
 )

@@ -64,10 +64,30 @@ def test_a_sum_is_what_its_text_says(lines: list[dict[str, Any]]) -> None:
             assert eval(term) == int(result)
 
 
+def test_the_tables() -> None:
+    """Shares of all and of a kind; and the difference of two students on the same questions."""
+    from tables import claim_table, main_table
+
+    def runs(*right: list[int]) -> list[dict[str, Any]]:
+        legs = ({"steps": 7, "heldout_ce": 2.0, "kl_to_teacher": 1.0, "right": r} for r in right)
+        return [{"legs": [leg]} for leg in legs]
+
+    results = {
+        "kinds": ["sums", "units", "days", "programs"],
+        "teacher": [1, 1, 1, 1],
+        "student": [0, 0, 0, 1],
+        "main": {"SFT": runs([1, 0, 0, 0], [1, 1, 0, 0]), "KD": runs([1, 1, 1, 0], [1, 1, 1, 0])},
+    }
+    shown = main_table(results)
+    assert "| the student before |  | 25.0 | 0.0 | 0.0 | 0.0 | 100.0 |  |  |" in shown
+    assert "| SFT | 7 | 37.5 ± 17.7 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 |" in shown
+    assert "| KD | 7 | +37.5 (+0.0 to +75.0) | +0.000, +0.000 |" in claim_table(results)
+
+
 def test_the_docs_show_the_results() -> None:
-    from tables import claim_table, main_table, sft_table, sweep_table
+    from tables import claim_table, main_table, rollout_table, sft_table, sweep_table
 
     results = json.loads((ROOT / "docs/study/tasks/results.json").read_text())
     docs = (ROOT / "docs/study.md").read_text()
-    for part in (main_table, claim_table, sweep_table, sft_table):
+    for part in (main_table, claim_table, rollout_table, sweep_table, sft_table):
         assert part(results) in docs, part.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,9 @@ class Decontaminate:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"expected n >= 1, got {self.n}")
+        for path in self.file_names:
+            if not os.path.exists(path):
+                raise ValueError(f"file_names: expected held-out files, found no {path}")
         _ = self._held_out  # its files are read before a line is judged
 
     def check(self, record: dict[str, Any]) -> None:

@@ -123,5 +123,5 @@ def is_right(line: dict[str, Any]) -> bool:
     """Whether the answer of a line is right; also the filter `studies.tasks.questions:is_right`."""
     if line["kind"] == "programs":
         return run_untrusted(f"{line['output']}\n{line['right']}\n", time_limit_s=10).passed
-    found = re.findall(r"The answer is (.+?)\.?$", line["output"].strip(), re.MULTILINE)
+    found = re.findall(r"The answer is (\w+(?:\.\d+)?)", line["output"])
     return bool(found) and found[-1] == line["right"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from demo import VOCAB_SIZE, teacher_gguf
 from demo_hosts import EXAMPLES, HOSTS
-from questions import KINDS, is_right, write_questions
+from questions import is_right, write_questions
 from steps import Steps, say, together, validation_curves
 from tables import write_report
 
@@ -118,7 +117,9 @@ def answers_of(name: str, model: str) -> str:
 class Study:
     def __init__(self, out: Path, scale: Scale) -> None:
         self.out, self.scale = out, scale
-        self.steps = Steps(out, {"questions": scale.questions, "seed": SEED})
+        # What is measured does not show in the commands of what follows from it.
+        decides = ("questions", "teacher_steps", "warm_steps")
+        self.steps = Steps(out, {"seed": SEED} | {key: getattr(scale, key) for key in decides})
 
     def prepare(self) -> None:
         """Make teacher and student, the teacher's right answers, and the caches."""
@@ -237,18 +238,17 @@ class Study:
             *capture,
         )
 
-    def judge(self, model: str) -> dict[str, float]:
-        """The share of right answers to the test questions, by kind and in all."""
+    def judge(self, model: str) -> list[int]:
+        """For each test question, 1 if the model's greedy answer is right, else 0."""
         path = self.out / "measures" / f"{answers_of('test', model)}.json"
         if not path.exists():
             self.generate(model, "test", 0)
-            lines = map(json.loads, (self.out / f"{answers_of('test', model)}.jsonl").open())
-            right = Counter(line["kind"] for line in lines if is_right(line))
-            asked = Counter(json.loads(line)["kind"] for line in (self.out / "test.jsonl").open())
-            shares = {kind: right[kind] / asked[kind] for kind in KINDS}
+            right = [0] * self.scale.questions["test"]
+            for line in map(json.loads, (self.out / f"{answers_of('test', model)}.jsonl").open()):
+                right[line["generation"]["prompt"]] = int(is_right(line))
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(shares | {"all": right.total() / asked.total()}))
-        return dict(json.loads(path.read_text()))
+            path.write_text(json.dumps(right))
+        return list(json.loads(path.read_text()))
 
     def results(self) -> dict[str, Any]:
         """Judge the models before; train and judge the sweep of rates, then the other seeds."""
@@ -276,6 +276,7 @@ class Study:
         )
         curves = {name: validation_curves(self.out / "runs" / name) for name in ("teacher", "warm")}
         return {
+            "kinds": [json.loads(line)["kind"] for line in (self.out / "test.jsonl").open()],
             "teacher": before[0],
             "student": before[1],
             "sft_curves": {name: found[TAGS["heldout_ce"]] for name, found in curves.items()},

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import numpy as np
 
 Results = dict[str, Any]
 KINDS = ("all", "sums", "units", "days", "programs")
@@ -25,7 +26,7 @@ def main() -> None:
 
 def write_report(directory: Path) -> None:
     results = json.loads((directory / "results.json").read_text())
-    parts = (main_table, claim_table, sweep_table, sft_table)
+    parts = (main_table, claim_table, rollout_table, sweep_table, sft_table)
     (directory / "report.md").write_text("\n\n".join(part(results) for part in parts) + "\n")
     plot(results, directory / "tasks.png")
 
@@ -33,35 +34,53 @@ def write_report(directory: Path) -> None:
 def main_table(results: Results) -> str:
     """Each objective after 70% and after all of the steps; mean and deviation over seeds."""
     lines = [
-        [name, "", *(percent([results[key][kind]]) for kind in KINDS), "", ""]
+        [name, "", *shares(results, [results[key]]), "", ""]
         for key, name in (("teacher", "the teacher"), ("student", "the student before"))
     ]
     for objective, runs in results["main"].items():
-        for legs in list(zip(*(run["legs"] for run in runs), strict=True))[-2:]:
-            right = [percent([leg["right"][kind] for leg in legs]) for kind in KINDS]
+        for legs in zip(*(run["legs"] for run in runs), strict=True):
+            right = shares(results, [leg["right"] for leg in legs])
             measures = [spread([leg[measure] for leg in legs]) for measure in MEASURES]
             lines.append([objective, str(legs[0]["steps"]), *right, *measures])
-    for leg in results["rollouts"]:
-        right = [percent([leg["right"][kind]]) for kind in KINDS]
-        measures = [f"{leg[measure]:.3f}" for measure in MEASURES]
-        lines.append(["student rollouts, reverse KL", str(leg["steps"]), *right, *measures])
     return table(["objective", "steps", *KINDS, *MEASURES.values()], lines)
 
 
 def claim_table(results: Results) -> str:
-    """KD + SFT with 70% and with all of the steps minus SFT with all steps, for each seed."""
+    """KD + SFT with 70% and with all of the steps minus SFT with all steps, on the same questions.
+
+    The interval is the middle 95% of the means over 10,000 samples of the questions, with
+    replacement (a paired bootstrap), each of them a mean over the seeds.
+    """
     sft, *distilled = results["main"]
     baseline = [run["legs"][-1] for run in results["main"][sft]]
-    lines = []
+    rng, lines = np.random.default_rng(0), []
     for objective in distilled:
-        for place in (-2, -1):
-            legs = [run["legs"][place] for run in results["main"][objective]]
-            pairs = [*zip(legs, baseline, strict=True)]
-            right = [100 * (leg["right"]["all"] - base["right"]["all"]) for leg, base in pairs]
-            ce = [leg["heldout_ce"] - base["heldout_ce"] for leg, base in pairs]
-            each = [", ".join(f"{v:+.1f}" for v in right), ", ".join(f"{v:+.3f}" for v in ce)]
-            lines.append([objective, str(legs[0]["steps"]), *each])
-    return table(["objective", "steps", "right answers, points, by seed", "CE, by seed"], lines)
+        for legs in zip(*(run["legs"] for run in results["main"][objective]), strict=True):
+            won, base = (
+                np.mean([leg["right"] for leg in each], axis=0) for each in (legs, baseline)
+            )
+            difference = 100 * (won - base)
+            picked = rng.integers(len(difference), size=(10_000, len(difference)))
+            low, high = np.percentile(difference[picked].mean(axis=1), [2.5, 97.5])
+            points = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+            pairs = zip(legs, baseline, strict=True)
+            ce = ", ".join(f"{leg['heldout_ce'] - each['heldout_ce']:+.3f}" for leg, each in pairs)
+            lines.append([objective, str(legs[0]["steps"]), points, ce])
+    return table(["objective", "steps", "right answers, in points", "CE, by seed"], lines)
+
+
+def rollout_table(results: Results) -> str:
+    """Rounds of student rollouts, one seed."""
+    lines = [
+        [
+            str(leg["round"]),
+            str(leg["steps"]),
+            *shares(results, [leg["right"]]),
+            *(f"{leg[measure]:.3f}" for measure in MEASURES),
+        ]
+        for leg in results["rollouts"]
+    ]
+    return table(["rounds", "steps in all", *KINDS, *MEASURES.values()], lines)
 
 
 def sweep_table(results: Results) -> str:
@@ -70,7 +89,7 @@ def sweep_table(results: Results) -> str:
     for run in results["sweep"]:
         leg = run["legs"][-1]
         measures = (f"{leg[measure]:.3f}" for measure in MEASURES)
-        share = percent([leg["right"]["all"]])
+        share, *_ = shares(results, [leg["right"]])
         lines.append([run["objective"], f"{run['learning_rate']:g}", *measures, share])
     return table(["objective", "learning rate", *MEASURES.values(), "right answers"], lines)
 
@@ -94,23 +113,28 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    before = results["student"]["all"]
+    before = mean(results["student"])
     for objective, runs in results["main"].items():
         steps = [0, *(leg["steps"] for leg in runs[0]["legs"])]
-        shares = [[before, *(leg["right"]["all"] for leg in run["legs"])] for run in runs]
+        shares = [[before, *(mean(leg["right"]) for leg in run["legs"])] for run in runs]
         columns = [*zip(*shares, strict=True)]
         axis.plot(steps, [100 * mean(column) for column in columns], marker="o", label=objective)
         low, high = ([100 * pick(column) for column in columns] for pick in (min, max))
         axis.fill_between(steps, low, high, alpha=0.15)
-    axis.axhline(100 * results["teacher"]["all"], color="grey", linestyle=":", label="the teacher")
+    axis.axhline(100 * mean(results["teacher"]), color="grey", linestyle=":", label="the teacher")
     axis.set(xlabel="steps", ylabel="right answers in percent")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
 
 
-def percent(shares: Iterable[float]) -> str:
-    return spread([100 * share for share in shares], digits=1)
+def shares(results: Results, right: list[list[int]]) -> list[str]:
+    """Percent of right answers, in all and by kind: of a student, or mean and deviation of some."""
+    columns = []
+    for kind in KINDS:
+        asked = [number for number, own in enumerate(results["kinds"]) if kind in ("all", own)]
+        columns.append(spread([100 * mean(each[i] for i in asked) for each in right], digits=1))
+    return columns
 
 
 def spread(values: list[float], digits: int = 3) -> str:
