@@ -8,6 +8,7 @@ Its command is printed, and its log lies in OUTPUT/logs. After an interruption c
 again: steps that are done are not done again.
 """
 
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,21 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from steps import Steps, validation_curves, write
 
+from nemo_kd.filters.kinds import read_filters
 from nemo_kd.process import announce, answer_help, user_errors
 from nemo_kd.yaml_rules import check_yaml_values
 
 EXAMPLES = Path(__file__).parent
 TAGS = HOSTS["bridge"].tags
+CONF = EXAMPLES / "conf"
+# Of rounds.yaml: the YAML of the command that gets the section's keys.
+SECTIONS = {
+    "data": "bridge/dump_teacher_topk",
+    "generate": "generate_answers",
+    "filter": "filter_answers",
+    "dump": "bridge/dump_teacher_topk",
+    "train": "bridge/train_kd_sft",
+}
 SHAPE = ("format", "prompt_template", "label_key")  # keys of data that filter_answers.yaml has too
 SEED = 1234  # that of generate_answers.yaml
 
@@ -162,9 +173,16 @@ class Rounds:
 
 def check_inputs(settings: dict[str, Any]) -> None:
     """Raise a ValueError if a path is missing, or `output` has rounds of other settings."""
-    for key in ("data", "generate", "filter", "dump", "train"):
+    for key, name in SECTIONS.items():
         if not isinstance(settings[key], dict):
             raise ValueError(f"{key}: expected a section of keys, got {settings[key]!r}")
+        section = {"data": settings[key]} if key == "data" else settings[key]
+        check_yaml_values(OmegaConf.create(section), name)
+        known = [*as_overrides(OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))]
+        check_keys([*as_overrides(section)], known, name, allows_more=key == "train")
+    if settings["filter"]:
+        given = settings["filter"]
+        [*read_filters(given.get("filters", []), given.get("run_untrusted_code", False))]
     caches = {"heldout_caches": settings["heldout_caches"], "sft.caches": settings["sft"]["caches"]}
     needed = [
         *((key, f"{settings[key]}/config.json") for key in ("teacher", "student")),
@@ -180,12 +198,24 @@ def check_inputs(settings: dict[str, Any]) -> None:
             raise ValueError(f"output: expected a new directory or one of rounds, got {out}")
         return
     before = json.loads((out / "settings.json").read_text())
-    for key in settings:
-        if key != "rounds" and before.get(key) != settings[key]:
+    for key in sorted({*before, *settings} - {"rounds"}):
+        if before.get(key) != settings.get(key):
             raise ValueError(
                 f"{out} has rounds of other settings: {key} was {before.get(key)} and is "
-                f"{settings[key]}. Give the new ones another output"
+                f"{settings.get(key)}. Give the new ones another output"
             )
+
+
+def check_keys(given: list[str], known: list[str], name: str, allows_more: bool) -> None:
+    """Raise a ValueError for a key that NAME.yaml does not have, unless its host may have it."""
+    keys = [word.removeprefix("++").partition("=")[0] for word in known]
+    for word in given:
+        key = word.removeprefix("++").partition("=")[0]
+        is_known = any(key == each or key.startswith(f"{each}.") for each in keys)
+        if not is_known and not allows_more:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key} is no key of {name}.yaml{hint}")
 
 
 def as_overrides(section: dict[str, Any], above: str = "") -> Iterator[str]:

@@ -34,7 +34,8 @@ class Steps:
         except BlockingIOError:
             sys.exit(f"{out}: another process is at work there; wait for it, or end it")
         record, content = out / "settings.json", json.dumps(settings)
-        if not (record.exists() and record.read_text() == content):
+        # As values: another order of the same keys is no other setting.
+        if not (record.exists() and json.loads(record.read_text()) == json.loads(content)):
             shutil.rmtree(out, ignore_errors=True)
             self._logs.mkdir(parents=True)
             write(record, content)

@@ -74,6 +74,23 @@ def test_rounds(
     assert [row["round"] for row in rows] == [0, 1, 2]
     assert all(np.isfinite(list(row.values())).all() for row in rows)
 
+    *rest, last = given
+    assert last.startswith("+train.")
+    output = run_example(ROUNDS, last, *rest, "rounds=2")  # the same settings in another order
+    assert output.count("done before") == 9, output[-3000:]
+    for word, message in (
+        (
+            "+dump.selection.kk=8",
+            "selection.kk is no key of bridge/dump_teacher_topk.yaml; did you",
+        ),
+        ("+generate.sampling.n=0", "sampling.n"),
+        ("filter.filters=[cutt]", "filters.0: expected one of cut, duplicates"),
+        ("+train.train.train_iters=-1", "train.train_iters: expected an integer of at least 0"),
+    ):
+        words = {each.partition("=")[0]: each for each in (*given, word, f"output={tmp_path}/new")}
+        output = run_example(ROUNDS, *words.values(), succeeds=False)
+        assert message in output, output[-2000:]
+        assert not (tmp_path / "new").exists()
     output = run_example(ROUNDS, *given, "sft.share=0.25", succeeds=False)
     assert "has rounds of other settings: sft was" in output
     output = run_example(ROUNDS, *given, "teacher=nowhere", succeeds=False)
