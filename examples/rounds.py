@@ -176,7 +176,7 @@ def check_inputs(settings: dict[str, Any]) -> None:
     for key, name in SECTIONS.items():
         if not isinstance(settings[key], dict):
             raise ValueError(f"{key}: expected a section of keys, got {settings[key]!r}")
-        section = {"data": settings[key]} if key == "data" else settings[key]
+        section = {"data": settings[key]} if key == "data" and settings[key] else settings[key]
         check_yaml_values(OmegaConf.create(section), name)
         known = [*as_overrides(OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))]
         check_keys([*as_overrides(section)], known, name, allows_more=key == "train")
