@@ -182,6 +182,10 @@ class CacheConfig:
             raise ValueError(f"expected samples_per_shard >= 1, got {self.samples_per_shard}")
 
 
+# Keys of knowledge_distillation that may be a Schedule; a training logs their values.
+SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A number that changes with the global step: from start, at step 0, to end, at `steps`.

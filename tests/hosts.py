@@ -117,4 +117,5 @@ def measure(
         found = scalars(logs)
         names = ["grad_norm"] + (["kd_loss", "sft_loss"] if micro_batch_size == 4 else [])
         curves[str(micro_batch_size)] = {name: found[name] for name in names}
-    return {"cache": hashes(cache), "curves": curves}
+    tokenizer = TopKCache(cache).manifest.tokenizer_fingerprint
+    return {"cache": hashes(cache), "tokenizer": tokenizer, "curves": curves}

@@ -76,6 +76,25 @@ def blended_order(num_samples: list[int]) -> list[tuple[int, int]]:
     return order
 
 
+def test_the_other_host_blends_in_the_same_order() -> None:
+    from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import (
+        OnlineSampleMapping,
+    )
+
+    from nemo_kd.student.sets import Blend
+
+    sizes = [10, 6]
+
+    class Ordered(list[tuple[int, int]]):
+        def __init__(self, path: str, max_num_samples: int) -> None:
+            number = int(path)
+            mapping = OnlineSampleMapping(sizes[number], max_num_samples, seed=SEED)
+            super().__init__((number, int(mapping[i][0])) for i in range(max_num_samples))
+
+    blend = Blend(["0", "1"], PROBABILITIES, NUM_STEPS * BATCH_SIZE, Ordered)
+    assert [blend[number] for number in range(len(blend))] == blended_order(sizes)
+
+
 def test_a_blend_trains_on_each_sample_in_its_turn(
     nemos: dict[str, Path], hf_llamas: dict[str, Path], cache: Path, tmp_path: Path
 ) -> None:

@@ -106,16 +106,19 @@ def test_the_commands_of_a_page_compose(page: Path) -> None:
 
 
 def test_the_commands_of_the_gpu_checklist_compose() -> None:
-    """Its tables call the shell functions `dump` and `train`, which its first block defines."""
+    """Its tables call shell functions, which its first blocks define for each host."""
     page = ROOT / "docs" / "gpu_checklist.md"
     functions = dict(
-        re.findall(r"^(dump|train)\(\) \{(.*?); \}$", page.read_text(), re.DOTALL | re.M)
+        re.findall(
+            r"^((?:hf_)?(?:dump|train))\(\) \{(.*?); \}$", page.read_text(), re.DOTALL | re.M
+        )
     )
     cells = re.findall(r"`([^`\n]+)`", page.read_text())
     lines = [line for cell in cells for line in cell.split(" && ")]
-    found = [re.match(r"(?:[A-Z_]+=\S+ )*(dump|train)( .*)?$", line) for line in lines]
+    found = [re.match(r"(?:[A-Z_]+=\S+ )*((?:hf_)?(?:dump|train))( .*)?$", line) for line in lines]
     commands = [(call[1], call[2] or "") for call in found if call]
     assert len(commands) > 10
+    assert {function for function, _ in commands} == functions.keys()
     for function, arguments in commands:
         text = functions[function].replace('"$@"', arguments).replace("$NAME", "name")
         for name, overrides in calls(text):

@@ -18,6 +18,7 @@ def test_the_nemo_host(wide_llamas: dict[str, Path], jsonl: Path, tmp_path: Path
 
         REFERENCE.write_text(json.dumps(found, indent=1) + "\n")
     assert found["cache"] == reference()["cache"]
+    assert found["tokenizer"] == reference()["tokenizer"]
     for size, curves in reference()["curves"].items():
         for name, values in curves.items():
             np.testing.assert_allclose(found["curves"][size][name], values, rtol=1e-4)

@@ -151,6 +151,12 @@ def preset(name: str, *overrides: str) -> tuple[Run, Run]:
     return Run(teacher, dump, "teacher"), Run(student, train, "model")
 
 
+def test_nemos_measure_of_flops_is_off() -> None:
+    """With W&B as the only logger it would fail when the training has ended."""
+    config = OmegaConf.load(CONF / "train_kd_sft.yaml")
+    assert config.exp_manager.log_tflops_per_sec_per_gpu is False
+
+
 def test_every_preset_is_known() -> None:
     files = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
     assert files == {name + end for name in PRESETS for end in ("", "_dump")}

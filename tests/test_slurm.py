@@ -132,7 +132,9 @@ def test_an_array_fills_one_cache(
     status, output = cluster.run("dump_array.sh", *arguments, job=72)
     assert status == 0, output
     assert "the cache is whole" in output
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in cluster.noted("environment")
+    noted = cluster.noted("environment")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in noted
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in noted
     assert cluster.noted("scontrol") == ["requeue 71"]
     for sample, expected in zip(TopKCache.open(path), TopKCache.open(cache), strict=True):
         np.testing.assert_array_equal(sample.tokens, expected.tokens)

@@ -13,7 +13,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage
 from torch import Tensor
 
-from nemo_kd.config import DistillationConfig
+from nemo_kd.config import SCHEDULED, DistillationConfig
 from nemo_kd.student.model_loss import MicroBatch, ModelLoss
 from nemo_kd.student.packing import PACK_KEYS, attention_of_packs
 from nemo_kd.student.rows import ROW_KEYS, TEACHER_ROWS, scatter_rows
@@ -120,4 +120,7 @@ class KDForwardStep:
         report = {name: torch.stack([value, num_tokens]) for name, value in sums.items()}
         if set_number is not None:
             report = of_each_set(report, set_number, self.set_names, self.num_with_rows)
+        else:
+            values = {name: getattr(self.loss.config, name) for name in SCHEDULED}
+            report |= {k: torch.stack([v * num_tokens, num_tokens]) for k, v in values.items()}
         return loss * share, num_tokens.to(torch.int), report

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_kd.chat.samples import warn_of_missing_begin
-from nemo_kd.config import DistillationConfig, read_settings
+from nemo_kd.config import SCHEDULED, DistillationConfig, read_settings
 from nemo_kd.nemo.data import (
     build_loader,
     cache_dataset,
@@ -39,8 +39,6 @@ from nemo_kd.student.terms import (
     micro_batch_weight,
     share_of_weight,
 )
-
-SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
 
 
 class MegatronGPTSFTKDModel(MegatronGPTSFTModel):

@@ -36,7 +36,13 @@ def check_settings(config: DictConfig) -> DistillationConfig:
     distillation = read_settings(DistillationConfig, objective, "knowledge_distillation")
     for key in "train_caches", "validation_caches":
         check_there(config.dataset[key], f"dataset.{key}")
-    if config.logger.wandb_project is not None:
+    logger = config.logger
+    if logger.wandb_project is not None:
+        if not (logger.tensorboard_dir and (config.checkpoint.save or logger.wandb_save_dir)):
+            raise ValueError(
+                "logger.wandb_project: expected logger.tensorboard_dir too, without which Bridge "
+                "logs no step, and checkpoint.save or logger.wandb_save_dir for the files of W&B"
+            )
         check_installed("wandb", "logger.wandb_project", "null")
     for key in "optimizer.min_lr", "scheduler.lr_warmup_init":
         if (rate := OmegaConf.select(config, key)) > config.optimizer.lr:

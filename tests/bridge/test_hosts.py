@@ -67,6 +67,7 @@ def curves(logs: Path) -> dict[str, list[float]]:
 
 def test_a_dump_has_the_bytes_of_the_nemo_host(cache: Path) -> None:
     assert hashes(cache) == reference()["cache"]
+    assert TopKCache(cache).manifest.tokenizer_fingerprint == reference()["tokenizer"]
 
 
 def test_a_killed_dump_resumes_to_the_same_bytes(
@@ -245,6 +246,33 @@ def test_another_run_in_the_same_directory_is_refused(
     assert "optimizer.lr was 0.002 and is 0.001" in run_example(TRAIN, *run, succeeds=False)
 
 
+def test_a_scheduled_weight(cache: Path, wide_llamas: dict[str, Path], tmp_path: Path) -> None:
+    """Each step's loss has the weights of that step, which are logged."""
+    schedule = "{schedule:linear,start:1.0,end:0.0,steps:4}"
+    more = (f"knowledge_distillation.kd_loss_weight={schedule}", "train.micro_batch_size=2")
+    run_example(TRAIN, *train_arguments(wide_llamas["tied"], cache, tmp_path, *more))
+    found = scalars(tmp_path)
+    weights = np.maximum(0, 1 - np.arange(STEPS) / 4)
+    np.testing.assert_allclose(found["kd_loss_weight"], weights, atol=1e-6)
+    np.testing.assert_allclose(found["sft_loss_weight"], 0.4, rtol=1e-6)
+    own = weights * found["kd_loss"] + 0.4 * np.array(found["sft_loss"])
+    np.testing.assert_allclose(found["lm loss"], own, rtol=1e-5)
+
+
+def test_a_run_resumes_with_more_steps(
+    cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    """On the curve of the run that had them from the start."""
+    more = ("train.micro_batch_size=4", "scheduler.lr_decay_iters=100")
+    run = train_arguments(wide_llamas["tied"], cache, tmp_path, *more)
+    run_example(TRAIN, *run, "train.train_iters=6", "checkpoint.save_interval=6")
+    logs = tmp_path / "resumed"
+    output = run_example(TRAIN, *run, f"logger.tensorboard_dir={logs}")
+    assert f"step 6 of {STEPS}: the run resumes" in output
+    for name, values in reference()["curves"]["4"].items():
+        np.testing.assert_allclose(curves(logs)[name], values[6:], rtol=1e-4, err_msg=name)
+
+
 def test_sigterm_saves_a_checkpoint_and_resumes(
     cache: Path, wide_llamas: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -262,6 +290,10 @@ def test_sigterm_saves_a_checkpoint_and_resumes(
 
 
 BAD: dict[str, tuple[list[str], str]] = {
+    "W&B without a place": (
+        ["logger.wandb_project=x", "checkpoint.save=null", "save_hf=new"],
+        "logger.wandb_project: expected logger.tensorboard_dir too",
+    ),
     "no such model": (["model.hf_path=nowhere"], "found no nowhere/config.json"),
     "no such cache": (["dataset.train_caches=[nowhere]"], "expected cache directories, found none"),
     "no brackets": (
