@@ -54,9 +54,9 @@ class Scale:
     """steps after which a student is judged: CLAIM of all, and all"""
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
-    rounds: tuple[int, int]
-    """rounds of student rollouts, and the steps of each"""
-    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    objectives: tuple[str, ...]
+    rounds: tuple[int, int] | None = None
+    """rounds of student rollouts, and the steps of each; None: without them"""
 
 
 FULL = Scale(
@@ -66,7 +66,7 @@ FULL = Scale(
     legs=(42, 60),
     learning_rates=(2e-4, 6e-4),
     seeds=(1, 2, 3),
-    rounds=(2, 30),
+    objectives=("SFT", "KD + SFT, renormalize", "KD + SFT, label"),
 )
 SMALL = Scale(
     questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},
@@ -75,8 +75,8 @@ SMALL = Scale(
     legs=(2, 3),
     learning_rates=(2e-4,),
     seeds=(1,),
+    objectives=("SFT", "KD + SFT, sampled"),
     rounds=(1, 2),
-    objectives=("SFT", "KD + SFT, label"),
 )
 
 
@@ -157,13 +157,11 @@ class Study:
         )
         whole = (f"selection.k={VOCAB_SIZE}", "cache.codec=raw")
         draws = ("selection.kind=sample", "selection.num_draws=50")
-        together(
-            [
-                partial(self.dump, "teacher-hf", "kept.jsonl", "sampled", *draws),
-                # The whole distribution, so that the KL is over the whole vocabulary.
-                partial(self.dump, "teacher-hf", "validation-answers.jsonl", "heldout", *whole),
-            ]
-        )
+        # The whole distribution, so that the KL is over the whole vocabulary.
+        dumps = [partial(self.dump, "teacher-hf", "validation-answers.jsonl", "heldout", *whole)]
+        if any(OBJECTIVES[each][0] == "sampled" for each in scale.objectives):
+            dumps.append(partial(self.dump, "teacher-hf", "kept.jsonl", "sampled", *draws))
+        together(dumps)
 
     def dump(self, model: str, data: str, cache: str, *more: str, alone: bool = False) -> None:
         self.steps.run(
@@ -275,6 +273,7 @@ class Study:
             for name in ("kept.jsonl", "prompts-answers.jsonl")
         )
         curves = {name: validation_curves(self.out / "runs" / name) for name in ("teacher", "warm")}
+        first_rate = next(reversed(best.values()))[0]["learning_rate"]  # of the last objective
         return {
             "kinds": [json.loads(line)["kind"] for line in (self.out / "test.jsonl").open()],
             "teacher": before[0],
@@ -283,7 +282,7 @@ class Study:
             "answers": {"written": written, "kept": kept},
             "sweep": rows,
             "main": best,
-            "rollouts": self.rollouts(best["KD + SFT, label"][0]["learning_rate"]),
+            "rollouts": self.rollouts(first_rate) if scale.rounds else [],
         }
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -315,7 +314,7 @@ class Study:
 
     def rollouts(self, learning_rate: float) -> list[dict[str, Any]]:
         """Rounds in which the student writes, the teacher scores, and the student trains."""
-        (rounds, steps), out, chain = self.scale.rounds, self.out, self.out / "rounds"
+        (rounds, steps), out, chain = self.scale.rounds or (0, 0), self.out, self.out / "rounds"
         trained = {
             "model.seq_length": LENGTH,
             "train.train_iters": steps,

@@ -27,7 +27,8 @@ def main() -> None:
 def write_report(directory: Path) -> None:
     results = json.loads((directory / "results.json").read_text())
     parts = (main_table, claim_table, rollout_table, sweep_table, sft_table)
-    (directory / "report.md").write_text("\n\n".join(part(results) for part in parts) + "\n")
+    shown = filter(None, (part(results) for part in parts))
+    (directory / "report.md").write_text("\n\n".join(shown) + "\n")
     plot(results, directory / "tasks.png")
 
 
@@ -80,6 +81,8 @@ def rollout_table(results: Results) -> str:
         ]
         for leg in results["rollouts"]
     ]
+    if not lines:
+        return ""
     return table(["rounds", "steps in all", *KINDS, *MEASURES.values()], lines)
 
 
