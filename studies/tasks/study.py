@@ -190,7 +190,7 @@ class Study:
     ) -> str:
         """Train for so many steps in all, and return the name of the trained model's directory.
 
-        After ten steps the rate is constant, so that a shorter run is the begin of a longer one.
+        After ten steps the rate is constant. A run of more steps goes on where one of fewer ended.
         """
         trained = f"{name}-hf"
         self.steps.run(
@@ -282,7 +282,7 @@ class Study:
             "answers": {"written": written, "kept": kept},
             "sweep": rows,
             "main": best,
-            "rollouts": self.rollouts(first_rate) if scale.rounds else [],
+            "rollouts": self.rollouts(*scale.rounds, first_rate) if scale.rounds else [],
         }
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -312,9 +312,9 @@ class Study:
         shutil.rmtree(checkpoints, ignore_errors=True)
         return {**asdict(run), "legs": legs}
 
-    def rollouts(self, learning_rate: float) -> list[dict[str, Any]]:
+    def rollouts(self, rounds: int, steps: int, learning_rate: float) -> list[dict[str, Any]]:
         """Rounds in which the student writes, the teacher scores, and the student trains."""
-        (rounds, steps), out, chain = self.scale.rounds or (0, 0), self.out, self.out / "rounds"
+        out, chain = self.out, self.out / "rounds"
         trained = {
             "model.seq_length": LENGTH,
             "train.train_iters": steps,
