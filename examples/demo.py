@@ -122,7 +122,7 @@ def train(
     """
     logs = chain.out / "runs" / name
     chain.run(step, *host.train(chain.out, logs, *caches), *settings, directory=logs)
-    return validation_curves(logs)
+    return validation_curves(logs, host.first_step)
 
 
 def train_row(

@@ -20,6 +20,7 @@ class NeMo:
     """NeMo 2.4: .nemo files."""
 
     out = Path("outputs/demo")
+    first_step = 0  # as its TensorBoard files count
     objective = "model.knowledge_distillation"
     # A column of the results, and its tag in TensorBoard.
     tags: ClassVar = {
@@ -65,6 +66,7 @@ class Bridge:
     """Megatron-Bridge: Hugging Face directories."""
 
     out = Path("outputs/demo-bridge")
+    first_step = 1
     objective = "knowledge_distillation"
     tags: ClassVar = {
         "heldout_ce": "sft_loss validation",

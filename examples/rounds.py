@@ -167,7 +167,7 @@ class Rounds:
         """The last validation of a run, if there are caches to validate on."""
         if not self.settings["heldout_caches"]:
             return {}
-        curves = validation_curves(self.out / "runs" / name)
+        curves = validation_curves(self.out / "runs" / name, HOSTS["bridge"].first_step)
         return {column: curves[tag][-1][1] for column, tag in TAGS.items()}
 
 

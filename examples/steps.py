@@ -106,8 +106,13 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def validation_curves(logs: Path) -> Curves:
-    """The validation scalars of a run's TensorBoard files, of which each start wrote one."""
+def validation_curves(logs: Path, first_step: int) -> Curves:
+    """The validation scalars of a run's TensorBoard files, of which each start wrote one.
+
+    Args:
+        logs: their directory.
+        first_step: the number that the host's files give to the first step.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, dict[int, float]] = {}
@@ -116,7 +121,8 @@ def validation_curves(logs: Path) -> Curves:
         events.Reload()
         for tag in events.Tags()["scalars"]:
             if "validation" in tag:
-                # TensorBoard counts steps from 0. A later start repeats some of them.
-                points = {event.step + 1: event.value for event in events.Scalars(tag)}
+                scalars = events.Scalars(tag)
+                # A later start repeats some of the steps.
+                points = {each.step + 1 - first_step: each.value for each in scalars}
                 found[tag] = found.get(tag, {}) | points
     return {tag: sorted(points.items()) for tag, points in found.items()}

@@ -26,7 +26,7 @@ from tables import write_report
 
 from nemo_kd.sandbox import check_can_be_alone
 
-TAGS = HOSTS["bridge"].tags
+TAGS, FIRST = HOSTS["bridge"].tags, HOSTS["bridge"].first_step
 SEED = 1234
 LENGTH = 96  # tokens; no sample is cut
 TEMPLATE = "'Question: {input}\\nAnswer: {output}'"
@@ -272,7 +272,9 @@ class Study:
             len((self.out / name).read_text().splitlines())
             for name in ("kept.jsonl", "prompts-answers.jsonl")
         )
-        curves = {name: validation_curves(self.out / "runs" / name) for name in ("teacher", "warm")}
+        curves = {
+            name: validation_curves(self.out / "runs" / name, FIRST) for name in ("teacher", "warm")
+        }
         first_rate = next(reversed(best.values()))[0]["learning_rate"]  # of the last objective
         return {
             "kinds": [json.loads(line)["kind"] for line in (self.out / "test.jsonl").open()],
@@ -306,7 +308,7 @@ class Study:
             )
             right = self.judge(trained)
             shutil.rmtree(self.out / trained, ignore_errors=True)
-            curves = validation_curves(self.out / "runs" / name)
+            curves = validation_curves(self.out / "runs" / name, FIRST)
             last = {column: curves[tag][-1][1] for column, tag in TAGS.items()}
             legs.append({"steps": steps, **last, "right": right})
         shutil.rmtree(checkpoints, ignore_errors=True)
