@@ -151,11 +151,11 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int) -> Outcome:
         if written == token:
             return Outcome(True, "")
         errors.seek(max(0, errors.tell() - 1000))
-        last = errors.read().decode(errors="replace").strip().splitlines()
-        reason = reason or (last or ["ended before its end"])[-1]
-        if not written and not reason.startswith("took over"):
-            raise OSError(f"a program could not be run alone: {reason}")
-        return Outcome(False, reason)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+        if not written and not reason:
+            why = " ".join(lines) or "it ended before it began"
+            raise OSError(f"a program could not be run alone: {why}")
+        return Outcome(False, reason or (lines or ["ended before its end"])[-1])
 
 
 def _watch(process: subprocess.Popen[bytes], time_limit_s: float, memory_limit_mb: int) -> str:

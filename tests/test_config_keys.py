@@ -147,19 +147,22 @@ def test_a_gpus_optimizer_is_known_on_a_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "override"),
+    ("name", "overrides"),
     [
-        ("train_kd_sft", "exp_manager.create_wandb_logger=true"),
-        ("bridge/train_kd_sft", "logger.wandb_project=kd"),
+        ("train_kd_sft", ["exp_manager.create_wandb_logger=true"]),
+        (
+            "bridge/train_kd_sft",
+            ["logger.wandb_project=kd", "logger.tensorboard_dir=x", "logger.wandb_save_dir=x"],
+        ),
     ],
 )
 def test_a_logger_that_is_not_installed_is_refused(
-    name: str, override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib.util
 
     find_spec = importlib.util.find_spec
-    config = composed(name, override)
+    config = composed(name, *overrides)
     if name.startswith("bridge/"):
         from nemo_kd.bridge.train import check_settings as check
 
