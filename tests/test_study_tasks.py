@@ -75,13 +75,20 @@ def test_the_tables() -> None:
     results = {
         "kinds": ["sums", "units", "days", "programs"],
         "teacher": [1, 1, 1, 1],
-        "student": [0, 0, 0, 1],
-        "main": {"SFT": runs([1, 0, 0, 0], [1, 1, 0, 0]), "KD": runs([1, 1, 1, 0], [1, 1, 1, 0])},
+        "students": {
+            "6": {
+                "before": [0, 0, 0, 1],
+                "main": {
+                    "SFT": runs([1, 0, 0, 0], [1, 1, 0, 0]),
+                    "KD": runs([1, 1, 1, 0], [1, 1, 1, 0]),
+                },
+            }
+        },
     }
-    shown = main_table(results)
+    shown = main_table(results, "6")
     assert "| the student before |  | 25.0 | 0.0 | 0.0 | 0.0 | 100.0 |  |  |" in shown
     assert "| SFT | 7 | 37.5 ± 17.7 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 |" in shown
-    assert "| KD | 7 | +37.5 (+0.0 to +75.0) | +0.000, +0.000 |" in claim_table(results)
+    assert "| KD | 7 | +37.5 (+0.0 to +75.0) | +0.000, +0.000 |" in claim_table(results, "6")
 
 
 def test_the_docs_show_the_results() -> None:
@@ -89,5 +96,7 @@ def test_the_docs_show_the_results() -> None:
 
     results = json.loads((ROOT / "docs/study/tasks/results.json").read_text())
     docs = (ROOT / "docs/study.md").read_text()
-    for part in (main_table, claim_table, rollout_table, sweep_table, sft_table):
-        assert part(results) in docs, part.__name__
+    assert sft_table(results) in docs
+    for layers in results["students"]:
+        for part in (main_table, claim_table, rollout_table, sweep_table):
+            assert part(results, layers) in docs, (part.__name__, layers)

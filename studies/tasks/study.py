@@ -2,8 +2,8 @@
 
     make study-tasks            # on two cores; make study-tasks SMALL=1: the same chain in minutes
 
-A teacher and a student learn the tasks of questions.py by SFT. Then the teacher answers new
-questions, and the student goes on with its right answers, by SFT or by KD + SFT. All of it are the
+A teacher and its students learn the tasks of questions.py by SFT. Then the teacher answers new
+questions, and the students go on with its right answers, by SFT or by KD + SFT. All of it are the
 commands of examples/, on the host Megatron-Bridge. docs/study.md has the results. All files lie
 under outputs/study-tasks (SMALL=1: outputs/study-tasks-small); an interrupted study resumes.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from demo import VOCAB_SIZE, teacher_gguf
 from demo_hosts import EXAMPLES, HOSTS
 from questions import is_right, write_questions
+from scale import FULL, OBJECTIVES, ROLLOUTS, SFT, SMALL, STUDENTS, Run, Scale
 from steps import Steps, say, together, validation_curves
 from tables import write_report
 
@@ -30,68 +31,7 @@ TAGS, FIRST = HOSTS["bridge"].tags, HOSTS["bridge"].first_step
 SEED = 1234
 LENGTH = 96  # tokens; no sample is cut
 TEMPLATE = "'Question: {input}\\nAnswer: {output}'"
-LAYERS = (0, 6, 12, 18, 24, 29)  # of the teacher's 30, as in the demo
 BATCH = 16
-CLAIM = 0.7  # the share of the steps after which KD + SFT is compared with SFT
-SFT = {"kd_loss_weight": 0, "sft_loss_weight": 1}
-# What the student's second training is: its cache, and keys of knowledge_distillation.
-OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "SFT": ("cache", SFT),
-    "KD + SFT, renormalize": ("cache", {"tail": "renormalize"}),
-    "KD + SFT, label": ("cache", {"tail": "label"}),
-    "KD + SFT, sampled": ("sampled", {"tail": "drop"}),
-}
-# The same in rounds of student rollouts: their label is the student's own token.
-ROLLOUTS = {"divergence": "reverse_kl", "tail": "bucket", "sft_loss_weight": 0}
-
-
-@dataclass(frozen=True)
-class Scale:
-    questions: dict[str, int]
-    teacher_steps: int
-    warm_steps: int
-    legs: tuple[int, ...]
-    """steps after which a student is judged: CLAIM of all, and all"""
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    objectives: tuple[str, ...]
-    rounds: tuple[int, int] | None = None
-    """rounds of student rollouts, and the steps of each; None: without them"""
-
-
-FULL = Scale(
-    questions={"sft": 1200, "prompts": 1200, "validation": 48, "test": 160},
-    teacher_steps=100,
-    warm_steps=180,
-    legs=(42, 60),
-    learning_rates=(2e-4, 6e-4),
-    seeds=(1, 2, 3),
-    objectives=("SFT", "KD + SFT, renormalize", "KD + SFT, label"),
-)
-SMALL = Scale(
-    questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},
-    teacher_steps=12,
-    warm_steps=8,
-    legs=(2, 3),
-    learning_rates=(2e-4,),
-    seeds=(1,),
-    objectives=("SFT", "KD + SFT, sampled"),
-    rounds=(1, 2),
-)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A second training of the student."""
-
-    objective: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        words = self.objective.replace(" + ", "-").replace(", ", "-").lower()
-        return f"{words}-lr-{self.learning_rate:g}-seed-{self.seed}"
 
 
 def main() -> None:
@@ -122,13 +62,14 @@ class Study:
         self.steps = Steps(out, {"seed": SEED} | {key: getattr(scale, key) for key in decides})
 
     def prepare(self) -> None:
-        """Make teacher and student, the teacher's right answers, and the caches."""
+        """Make teacher and students, the teacher's right answers, and the caches."""
         out, scale = self.out, self.scale
         write_questions(out, scale.questions, SEED)
         gguf = (EXAMPLES / "bridge" / "gguf_to_hf.py", str(teacher_gguf()))
-        keep = ("--keep-layers", *map(str, LAYERS))
         self.steps.run("import-base", *gguf, f"{out}/base-hf")
-        self.steps.run("import-cut", *gguf, f"{out}/cut-hf", *keep)
+        for layers in scale.students:
+            keep = ("--keep-layers", *map(str, STUDENTS[layers]))
+            self.steps.run(f"import-cut-{layers}", *gguf, f"{out}/cut-{layers}-hf", *keep)
         # SFT reads a cache too, of whose rows it uses none.
         self.dump("base-hf", "sft.jsonl", "sft-cache", "selection.k=1", alone=True)
         teacher, warm = scale.teacher_steps, scale.warm_steps
@@ -138,7 +79,10 @@ class Study:
         together(
             [
                 partial(given, "teacher", "base-hf", teacher, 1e-4, files, *data),
-                partial(given, "warm", "cut-hf", warm, 1e-3, files, *data),
+                *(
+                    partial(given, f"warm-{layers}", f"cut-{layers}-hf", warm, 1e-3, files, *data)
+                    for layers in scale.students
+                ),
             ]
         )
         together(
@@ -249,43 +193,53 @@ class Study:
         return list(json.loads(path.read_text()))
 
     def results(self) -> dict[str, Any]:
-        """Judge the models before; train and judge the sweep of rates, then the other seeds."""
+        scale, out = self.scale, self.out
+        names = ["teacher", *(f"warm-{layers}" for layers in scale.students)]
+        teacher, *before = together([partial(self.judge, f"{name}-hf") for name in names])
+        students = {
+            layers: {"before": right, **self.second_trainings(layers)}
+            for layers, right in zip(scale.students, before, strict=True)
+        }
+        kept, written = (
+            len((out / name).read_text().splitlines())
+            for name in ("kept.jsonl", "prompts-answers.jsonl")
+        )
+        curves = {name: validation_curves(out / "runs" / name, FIRST) for name in names}
+        return {
+            "kinds": [json.loads(line)["kind"] for line in (out / "test.jsonl").open()],
+            "teacher": teacher,
+            "sft_curves": {name: found[TAGS["heldout_ce"]] for name, found in curves.items()},
+            "answers": {"written": written, "kept": kept},
+            "students": students,
+        }
+
+    def second_trainings(self, layers: int) -> dict[str, Any]:
+        """Train and judge the sweep of rates, then the other seeds, then rounds of rollouts."""
         scale, (first, *others) = self.scale, self.scale.seeds
-        before = together([partial(self.judge, f"{name}-hf") for name in ("teacher", "warm")])
         runs = [
-            Run(each, rate, first) for each in scale.objectives for rate in scale.learning_rates
+            Run(layers, each, rate, first)
+            for each in scale.objectives
+            for rate in scale.learning_rates
         ]
         rows = together([partial(self.run, run) for run in runs])
         best: dict[str, list[dict[str, Any]]] = {}
         for objective in scale.objectives:
             swept = [row for row in rows if row["objective"] == objective]
             best[objective] = [min(swept, key=lambda row: row["legs"][-1]["heldout_ce"])]
-            say(f"{objective}: best learning rate {best[objective][0]['learning_rate']:g}")
+            rate = best[objective][0]["learning_rate"]
+            say(f"{layers} layers, {objective}: best learning rate {rate:g}")
         more = [
-            replace(Run(each, best[each][0]["learning_rate"], first), seed=seed)
+            Run(layers, each, best[each][0]["learning_rate"], seed)
             for each in scale.objectives
             for seed in others
         ]
         for row in together([partial(self.run, run) for run in more]):
             best[row["objective"]].append(row)
-        kept, written = (
-            len((self.out / name).read_text().splitlines())
-            for name in ("kept.jsonl", "prompts-answers.jsonl")
-        )
-        curves = {
-            name: validation_curves(self.out / "runs" / name, FIRST) for name in ("teacher", "warm")
-        }
-        first_rate = next(reversed(best.values()))[0]["learning_rate"]  # of the last objective
-        return {
-            "kinds": [json.loads(line)["kind"] for line in (self.out / "test.jsonl").open()],
-            "teacher": before[0],
-            "student": before[1],
-            "sft_curves": {name: found[TAGS["heldout_ce"]] for name, found in curves.items()},
-            "answers": {"written": written, "kept": kept},
-            "sweep": rows,
-            "main": best,
-            "rollouts": self.rollouts(*scale.rounds, first_rate) if scale.rounds else [],
-        }
+        last = next(reversed(best.values()))  # runs of the last objective
+        rollouts = []
+        if scale.rounds and layers == scale.students[0]:
+            rollouts = self.rollouts(layers, *scale.rounds, last[0]["learning_rate"])
+        return {"sweep": rows, "main": best, "rollouts": rollouts}
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train in legs, and judge the student after each."""
@@ -295,7 +249,7 @@ class Study:
             name = f"{run.name}-{steps}"
             trained = self.train(
                 name,
-                "warm-hf",
+                f"warm-{run.layers}-hf",
                 steps,
                 run.learning_rate,
                 f"dataset.validation_caches=[{self.out}/heldout]",
@@ -314,7 +268,9 @@ class Study:
         shutil.rmtree(checkpoints, ignore_errors=True)
         return {**asdict(run), "legs": legs}
 
-    def rollouts(self, rounds: int, steps: int, learning_rate: float) -> list[dict[str, Any]]:
+    def rollouts(
+        self, layers: int, rounds: int, steps: int, learning_rate: float
+    ) -> list[dict[str, Any]]:
         """Rounds in which the student writes, the teacher scores, and the student trains."""
         out, chain = self.out, self.out / "rounds"
         trained = {
@@ -334,7 +290,7 @@ class Study:
             EXAMPLES / "rounds.py",
             "device=cpu",
             f"teacher={out}/teacher-hf",
-            f"student={out}/warm-hf",
+            f"student={out}/warm-{layers}-hf",
             f"prompts=[{out}/prompts.jsonl]",
             f"output={chain}",
             f"rounds={rounds}",

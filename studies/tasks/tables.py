@@ -26,19 +26,25 @@ def main() -> None:
 
 def write_report(directory: Path) -> None:
     results = json.loads((directory / "results.json").read_text())
-    parts = (main_table, claim_table, rollout_table, sweep_table, sft_table)
-    shown = filter(None, (part(results) for part in parts))
-    (directory / "report.md").write_text("\n\n".join(shown) + "\n")
+    parts = [sft_table(results)]
+    for layers in results["students"]:
+        tables = (main_table, claim_table, rollout_table, sweep_table)
+        parts += [f"## {layers} layers", *(each(results, layers) for each in tables)]
+    (directory / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     plot(results, directory / "tasks.png")
 
 
-def main_table(results: Results) -> str:
+def main_table(results: Results, layers: str) -> str:
     """Each objective after 70% and after all of the steps; mean and deviation over seeds."""
+    student = results["students"][layers]
     lines = [
-        [name, "", *shares(results, [results[key]]), "", ""]
-        for key, name in (("teacher", "the teacher"), ("student", "the student before"))
+        [name, "", *shares(results, [right]), "", ""]
+        for name, right in (
+            ("the teacher", results["teacher"]),
+            ("the student before", student["before"]),
+        )
     ]
-    for objective, runs in results["main"].items():
+    for objective, runs in student["main"].items():
         for legs in zip(*(run["legs"] for run in runs), strict=True):
             right = shares(results, [leg["right"] for leg in legs])
             measures = [spread([leg[measure] for leg in legs]) for measure in MEASURES]
@@ -46,17 +52,18 @@ def main_table(results: Results) -> str:
     return table(["objective", "steps", *KINDS, *MEASURES.values()], lines)
 
 
-def claim_table(results: Results) -> str:
+def claim_table(results: Results, layers: str) -> str:
     """KD + SFT with 70% and with all of the steps minus SFT with all steps, on the same questions.
 
     The interval is the middle 95% of the means over 10,000 samples of the questions, with
     replacement (a paired bootstrap), each of them a mean over the seeds.
     """
-    sft, *distilled = results["main"]
-    baseline = [run["legs"][-1] for run in results["main"][sft]]
+    main = results["students"][layers]["main"]
+    sft, *distilled = main
+    baseline = [run["legs"][-1] for run in main[sft]]
     rng, lines = np.random.default_rng(0), []
     for objective in distilled:
-        for legs in zip(*(run["legs"] for run in results["main"][objective]), strict=True):
+        for legs in zip(*(run["legs"] for run in main[objective]), strict=True):
             won, base = (
                 np.mean([leg["right"] for leg in each], axis=0) for each in (legs, baseline)
             )
@@ -70,8 +77,8 @@ def claim_table(results: Results) -> str:
     return table(["objective", "steps", "right answers, in points", "CE, by seed"], lines)
 
 
-def rollout_table(results: Results) -> str:
-    """Rounds of student rollouts, one seed."""
+def rollout_table(results: Results, layers: str) -> str:
+    """Rounds of student rollouts, one seed; empty without any."""
     lines = [
         [
             str(leg["round"]),
@@ -79,17 +86,17 @@ def rollout_table(results: Results) -> str:
             *shares(results, [leg["right"]]),
             *(f"{leg[measure]:.3f}" for measure in MEASURES),
         ]
-        for leg in results["rollouts"]
+        for leg in results["students"][layers]["rollouts"]
     ]
     if not lines:
         return ""
     return table(["rounds", "steps in all", *KINDS, *MEASURES.values()], lines)
 
 
-def sweep_table(results: Results) -> str:
+def sweep_table(results: Results, layers: str) -> str:
     """The learning rates of each objective, one seed, all steps."""
     lines = []
-    for run in results["sweep"]:
+    for run in results["students"][layers]["sweep"]:
         leg = run["legs"][-1]
         measures = (f"{leg[measure]:.3f}" for measure in MEASURES)
         share, *_ = shares(results, [leg["right"]])
@@ -98,12 +105,12 @@ def sweep_table(results: Results) -> str:
 
 
 def sft_table(results: Results) -> str:
-    """How teacher and student learnt the tasks: the validation's cross entropy of SFT."""
-    curves = results["sft_curves"]
-    names = {"teacher": "the teacher", "warm": "the student"}
+    """How teacher and students learnt the tasks: the validation's cross entropy of SFT."""
+    names = {"teacher": "the teacher"}
+    names |= {f"warm-{layers}": f"the student of {layers} layers" for layers in results["students"]}
     lines = [
         [names[name], ", ".join(f"{value:.3f} ({steps})" for steps, value in curve)]
-        for name, curve in curves.items()
+        for name, curve in results["sft_curves"].items()
     ]
     return table(["model", "CE (after steps)"], lines)
 
@@ -115,19 +122,27 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    before = mean(results["student"])
-    for objective, runs in results["main"].items():
-        steps = [0, *(leg["steps"] for leg in runs[0]["legs"])]
-        shares = [[before, *(mean(leg["right"]) for leg in run["legs"])] for run in runs]
-        columns = [*zip(*shares, strict=True)]
-        axis.plot(steps, [100 * mean(column) for column in columns], marker="o", label=objective)
-        low, high = ([100 * pick(column) for column in columns] for pick in (min, max))
-        axis.fill_between(steps, low, high, alpha=0.15)
-    axis.axhline(100 * mean(results["teacher"]), color="grey", linestyle=":", label="the teacher")
-    axis.set(xlabel="steps", ylabel="right answers in percent")
-    axis.grid(alpha=0.3)
-    axis.legend()
+    students = results["students"]
+    size = (6 * len(students), 4)
+    figure, axes = pyplot.subplots(
+        1, len(students), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    teacher = 100 * mean(results["teacher"])
+    for axis, (layers, student) in zip(axes[0], students.items(), strict=True):
+        before = mean(student["before"])
+        for objective, runs in student["main"].items():
+            steps = [0, *(leg["steps"] for leg in runs[0]["legs"])]
+            right = [[before, *(mean(leg["right"]) for leg in run["legs"])] for run in runs]
+            columns = [*zip(*right, strict=True)]
+            line = [100 * mean(column) for column in columns]
+            axis.plot(steps, line, marker="o", label=objective)
+            low, high = ([100 * pick(column) for column in columns] for pick in (min, max))
+            axis.fill_between(steps, low, high, alpha=0.15)
+        axis.axhline(teacher, color="grey", linestyle=":", label="the teacher")
+        axis.set(xlabel="steps", title=f"student of {layers} layers")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("right answers in percent")
+    axes[0][0].legend()
     figure.savefig(path, dpi=120)
 
 

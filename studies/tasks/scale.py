@@ -1,0 +1,72 @@
+"""What the study on tasks runs: students, objectives, and how much of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# A student by its number of layers: those that it has of the teacher's 30.
+STUDENTS = {6: (0, 6, 12, 18, 24, 29), 12: (0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29)}
+SFT = {"kd_loss_weight": 0, "sft_loss_weight": 1}
+# What the student's second training is: its cache, and keys of knowledge_distillation.
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "SFT": ("cache", SFT),
+    "KD + SFT, renormalize": ("cache", {"tail": "renormalize"}),
+    "KD + SFT, label": ("cache", {"tail": "label"}),
+    "KD + SFT, sampled": ("sampled", {"tail": "drop"}),
+}
+# The same in rounds of student rollouts: their label is the student's own token.
+ROLLOUTS = {"divergence": "reverse_kl", "tail": "bucket", "sft_loss_weight": 0}
+
+
+@dataclass(frozen=True)
+class Scale:
+    questions: dict[str, int]
+    students: tuple[int, ...]
+    teacher_steps: int
+    warm_steps: int
+    legs: tuple[int, ...]
+    """steps after which a student is judged: 70% of all, as NVIDIA's KD + SFT had, and all"""
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    objectives: tuple[str, ...]
+    rounds: tuple[int, int] | None = None
+    """rounds of rollouts of the first student, and the steps of each; None: without them"""
+
+
+FULL = Scale(
+    questions={"sft": 1200, "prompts": 1200, "validation": 48, "test": 160},
+    students=(6,),
+    teacher_steps=100,
+    warm_steps=180,
+    legs=(42, 60),
+    learning_rates=(2e-4, 6e-4),
+    seeds=(1, 2, 3),
+    objectives=("SFT", "KD + SFT, renormalize", "KD + SFT, label"),
+)
+SMALL = Scale(
+    questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},
+    students=(6,),
+    teacher_steps=12,
+    warm_steps=8,
+    legs=(2, 3),
+    learning_rates=(2e-4,),
+    seeds=(1,),
+    objectives=("SFT", "KD + SFT, sampled"),
+    rounds=(1, 2),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A second training of a student."""
+
+    layers: int
+    objective: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        words = self.objective.replace(" + ", "-").replace(", ", "-").lower()
+        return f"{self.layers}-layers-{words}-lr-{self.learning_rate:g}-seed-{self.seed}"
