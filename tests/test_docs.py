@@ -17,10 +17,12 @@ from runs import MAX_SEQ_LENGTH
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-# What runs an entry -> its YAML.
+# What runs an entry -> its YAML. The first that fits counts.
 ENTRIES = {
     "bridge/dump_teacher_topk.py": "bridge/dump_teacher_topk",
+    "nemo-kd dump --host bridge": "bridge/dump_teacher_topk",
     "bridge/train_kd_sft.py": "bridge/train_kd_sft",
+    "nemo-kd train --host bridge": "bridge/train_kd_sft",
     "dump_teacher_topk.py": "dump_teacher_topk",
     "dump_array.sh": "dump_teacher_topk",
     "nemo-kd dump": "dump_teacher_topk",
