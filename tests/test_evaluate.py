@@ -245,14 +245,22 @@ def test_another_model_and_other_questions_are_other_results(
     assert len(list(results.glob("kd/*.json"))) == 3
 
 
-def test_a_task_of_the_users_own(judge: Judge, student: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["", "{{ bos_token }}Asked: {{ messages[0].content }} Said:"])
+def test_a_task_of_the_users_own(
+    judge: Judge, student: Path, tmp_path: Path, template: str
+) -> None:
     """Exact match, with the model's own answer as the right one of every second question."""
-    tokenizer = AutoTokenizer.from_pretrained(student)
+    student = Path(shutil.copytree(student, tmp_path / "kd-hf"))
     model = LlamaForCausalLM.from_pretrained(student)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.chat_template = template or None
+    tokenizer.save_pretrained(student)
     rows = []
     for number in range(4):
         prompt = f"student {number}"
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        text = f"{tokenizer.bos_token}Asked: {prompt} Said:" if template else prompt
+        # A template writes the begin token itself.
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not template).input_ids
         written = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         answer = tokenizer.decode(written, skip_special_tokens=True).split("\n")[0]
         rows.append({"question": prompt, "answer": answer if number % 2 else "other"})
@@ -271,7 +279,14 @@ def test_a_task_of_the_users_own(judge: Judge, student: Path, tmp_path: Path) ->
         metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
         """
     )
-    results = judge(tmp_path / "results", ["sums"], f"data_dir={data}", f"include_path={tasks}")
+    results = judge(
+        tmp_path / "results",
+        ["sums"],
+        f"students=[{{name: kd, hf_path: {student}}}]",
+        f"data_dir={data}",
+        f"include_path={tasks}",
+        f"apply_chat_template={bool(template)}",
+    )
     score = results["students"][0]["scores"]["sums"]
     assert (score["value"], score["metric"]) == (0.5, "exact_match,none")
     # The standard error of a mean of 0, 1, 0, 1: the root of 1/3 (variance) over 4.
