@@ -20,7 +20,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from steps import Steps, validation_curves, write
 
+from nemo_kd.config import DataConfig, DistillationConfig, SelectionConfig, read_settings
 from nemo_kd.filters.kinds import read_filters
+from nemo_kd.generate.settings import SamplingConfig
 from nemo_kd.process import announce, answer_help, user_errors
 from nemo_kd.yaml_rules import check_yaml_values
 
@@ -34,6 +36,12 @@ SECTIONS = {
     "filter": "filter_answers",
     "dump": "bridge/dump_teacher_topk",
     "train": "bridge/train_kd_sft",
+}
+# Parts of those sections, and what their values must fit.
+PARTS = {
+    ("generate", "sampling"): SamplingConfig,
+    ("dump", "selection"): SelectionConfig,
+    ("train", "knowledge_distillation"): DistillationConfig,
 }
 SHAPE = ("format", "prompt_template", "label_key")  # keys of data that filter_answers.yaml has too
 SEED = 1234  # that of generate_answers.yaml
@@ -180,6 +188,9 @@ def check_inputs(settings: dict[str, Any]) -> None:
         check_yaml_values(OmegaConf.create(section), name)
         known = [*as_overrides(OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")))]
         check_keys([*as_overrides(section)], known, name, allows_more=key == "train")
+    read_settings(DataConfig, settings["data"] | {"file_names": settings["prompts"]}, "data")
+    for (key, part), kind in PARTS.items():
+        read_settings(kind, settings[key].get(part, {}), f"{key}.{part}")
     if settings["filter"]:
         given = settings["filter"]
         [*read_filters(given.get("filters", []), given.get("run_untrusted_code", False))]
@@ -219,8 +230,11 @@ def check_keys(given: list[str], known: list[str], name: str, allows_more: bool)
 
 
 def as_overrides(section: dict[str, Any], above: str = "") -> Iterator[str]:
-    """The keys and values of a section as words that Hydra reads."""
-    for key, value in section.items():
+    """The keys and values of a section as words that Hydra reads.
+
+    They are sorted, because a step of another command is run again.
+    """
+    for key, value in sorted(section.items()):
         if isinstance(value, dict) and value:
             yield from as_overrides(value, f"{above}{key}.")
         else:

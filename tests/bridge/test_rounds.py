@@ -83,7 +83,10 @@ def test_rounds(
             "+dump.selection.kk=8",
             "selection.kk is no key of bridge/dump_teacher_topk.yaml; did you",
         ),
-        ("+generate.sampling.n=0", "sampling.n"),
+        ("+generate.sampling.n=0", "generate.sampling: expected n >= 1, got 0"),
+        ("+dump.selection.k=-8", "dump.selection: expected selection.k >= 1"),
+        ("+train.knowledge_distillation.tail=tale", "train.knowledge_distillation: expected tail"),
+        ("+data.truncation_method=up", "data.truncation_method: expected one of"),
         ("filter.filters=[cutt]", "filters.0: expected one of cut, duplicates"),
         ("+train.train.train_iters=-1", "train.train_iters: expected an integer of at least 0"),
     ):
