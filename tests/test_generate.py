@@ -1,5 +1,6 @@
 """Prompts to answers with transformers: the words of `generate`, at any interruption the same."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_greedy_answers_are_those_of_generate(
         )
         text = hf_tokenizer.decode(whole[0, len(ids) :], clean_up_tokenization_spaces=False)
         assert line["output"] == text.removesuffix("</s>").removeprefix(" ")
+
+
+def test_the_models_own_defaults_change_no_answer(
+    written: Path, wide_llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(wide_llamas["tied"], tmp_path / "hf"))
+    defaults = {"repetition_penalty": 9.0, "min_new_tokens": 12}
+    (model / "generation_config.json").write_text(json.dumps(defaults))
+    generate(*arguments(model, write_prompts(tmp_path), tmp_path / "answers.jsonl"))
+    texts = ([each["output"] for each in lines(d / "answers.jsonl")] for d in (tmp_path, written))
+    assert next(texts) == next(texts)
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])

@@ -81,6 +81,9 @@ class Transformers:
         rows, own = model.get_output_embeddings().weight.shape[0], self._tokenizer.vocab_size
         if rows < own:
             raise ValueError(f"model.hf_path: expected its tokenizer's {own} tokens, got {rows}")
+        # Nothing of its generation_config.json, such as a penalty of repetitions: generate() would
+        # fill in what it is not given.
+        model.generation_config = GenerationConfig()
         self._model = model.to(self._device).eval()
 
     def fill(self, blocks: Blocks, done: Done) -> None:
@@ -100,14 +103,12 @@ class Transformers:
         out = self._model.generate(
             ids.to(self._device),
             attention_mask=(torch.arange(width) >= torch.tensor(pads)[:, None]).to(self._device),
-            # Nothing of the model's own generation_config.json, such as a penalty of repetitions.
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=self._wanted.sampling.max_tokens,
                 eos_token_id=ends or None,
                 pad_token_id=pad,
             ),
-            use_model_defaults=False,
             logits_processor=LogitsProcessorList([draw]),
             stopping_criteria=StoppingCriteriaList([stop] if stops else []),
         )
