@@ -40,9 +40,9 @@ FULL = Scale(
     teacher_steps=100,
     warm_steps=180,
     legs=(42, 60),
-    learning_rates=(2e-4, 6e-4),
+    learning_rates=(2.5e-5, 7e-5, 2e-4),
     seeds=(1, 2, 3),
-    objectives=("SFT", "KD + SFT, renormalize", "KD + SFT, label"),
+    objectives=tuple(OBJECTIVES),
 )
 SMALL = Scale(
     questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},

@@ -94,14 +94,17 @@ def rollout_table(results: Results, layers: str) -> str:
 
 
 def sweep_table(results: Results, layers: str) -> str:
-    """The learning rates of each objective, one seed, all steps."""
-    lines = []
+    """The learning rates of each objective, one seed; CE after 70% and after all of the steps."""
+    lines, steps = [], ""
     for run in results["students"][layers]["sweep"]:
-        leg = run["legs"][-1]
-        measures = (f"{leg[measure]:.3f}" for measure in MEASURES)
-        share, *_ = shares(results, [leg["right"]])
-        lines.append([run["objective"], f"{run['learning_rate']:g}", *measures, share])
-    return table(["objective", "learning rate", *MEASURES.values(), "right answers"], lines)
+        *_, last = legs = run["legs"]
+        steps = ", ".join(str(leg["steps"]) for leg in legs)
+        ce = ", ".join(f"{leg['heldout_ce']:.3f}" for leg in legs)
+        share, *_ = shares(results, [last["right"]])
+        rate = f"{run['learning_rate']:g}"
+        lines.append([run["objective"], rate, ce, f"{last['kl_to_teacher']:.3f}", share])
+    measures = [f"CE after {steps} steps", "KL to the teacher", "right answers"]
+    return table(["objective", "learning rate", *measures], lines)
 
 
 def sft_table(results: Results) -> str:
