@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from demo_hosts import DUMP, HOSTS, TRAIN
-from steps import Curves, Steps, together, validation_curves
+from steps import Curves, Steps, last_values, together, validation_curves
 
 NEMO = HOSTS["nemo"]
 PROMPT = DUMP.data.prompt_template
@@ -122,7 +122,7 @@ def train(
     """
     logs = chain.out / "runs" / name
     chain.run(step, *host.train(chain.out, logs, *caches), *settings, directory=logs)
-    return validation_curves(logs, host.first_step)
+    return validation_curves(logs, host)
 
 
 def train_row(
@@ -135,7 +135,7 @@ def train_row(
     weights: dict[str, float],
 ) -> dict[str, Any]:
     """Train, and return the objective's row of the results with its curves."""
-    found = train(
+    curves = train(
         chain,
         f"train-{name}",
         name,
@@ -145,9 +145,8 @@ def train_row(
         *(f"{host.objective}.{key}={value}" for key, value in weights.items()),
         host=host,
     )
-    curves = {key: found[tag] for key, tag in host.tags.items()}
-    last = {key: values[-1][1] for key, values in curves.items()}
-    return {"objective": objective, "steps": steps} | last | {"curves": curves}
+    row = {"objective": objective, "steps": steps}
+    return row | last_values(curves) | {"curves": curves}
 
 
 def report(host: Any, rows: list[dict[str, Any]]) -> None:

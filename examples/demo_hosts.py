@@ -20,7 +20,7 @@ class NeMo:
     """NeMo 2.4: .nemo files."""
 
     out = Path("outputs/demo")
-    first_step = 0  # as its TensorBoard files count
+    first_step = 0  # its number in the TensorBoard files
     objective = "model.knowledge_distillation"
     # A column of the results, and its tag in TensorBoard.
     tags: ClassVar = {

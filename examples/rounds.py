@@ -18,7 +18,7 @@ import hydra
 from demo_hosts import HOSTS
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
-from steps import Steps, validation_curves, write
+from steps import Steps, last_values, validation_curves, write
 
 from nemo_kd.config import DataConfig, DistillationConfig, SelectionConfig, read_settings
 from nemo_kd.filters.kinds import read_filters
@@ -27,7 +27,7 @@ from nemo_kd.process import announce, answer_help, user_errors
 from nemo_kd.yaml_rules import check_yaml_values
 
 EXAMPLES = Path(__file__).parent
-TAGS = HOSTS["bridge"].tags
+HOST = HOSTS["bridge"]
 CONF = EXAMPLES / "conf"
 # Of rounds.yaml: the YAML of the command that gets the section's keys.
 SECTIONS = {
@@ -175,8 +175,7 @@ class Rounds:
         """The last validation of a run, if there are caches to validate on."""
         if not self.settings["heldout_caches"]:
             return {}
-        curves = validation_curves(self.out / "runs" / name, HOSTS["bridge"].first_step)
-        return {column: curves[tag][-1][1] for column, tag in TAGS.items()}
+        return last_values(validation_curves(self.out / "runs" / name, HOST))
 
 
 def check_inputs(settings: dict[str, Any]) -> None:
@@ -254,14 +253,14 @@ def as_word(value: Any) -> str:
 def report(out: Path, rows: list[dict[str, Any]]) -> None:
     """Write results.json and results.md, and print the table if something was validated."""
     write(out / "results.json", json.dumps(rows, indent=2) + "\n")
-    if not TAGS.keys() <= rows[-1].keys():
+    if not HOST.tags.keys() <= rows[-1].keys():
         print(f"{out}/round-{rows[-1]['round']}/student-hf")
         return
     lines = [
         "| round | held-out CE | KL to the teacher | top-1 agreement |",
         "| --- | --- | --- | --- |",
         *(
-            f"| {row['round']} | " + " | ".join(f"{row[column]:.3f}" for column in TAGS) + " |"
+            f"| {row['round']} | " + " | ".join(f"{row[column]:.3f}" for column in HOST.tags) + " |"
             for row in rows
         ),
     ]

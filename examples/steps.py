@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Curves = dict[str, list[tuple[int, float]]]
-"""A tag of TensorBoard to its points: the steps done, and the value."""
+"""A column of the results to its points: the steps done, and the value."""
 
 
 class Steps:
@@ -106,23 +106,26 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def validation_curves(logs: Path, first_step: int) -> Curves:
-    """The validation scalars of a run's TensorBoard files, of which each start wrote one.
+def validation_curves(logs: Path, host: Any) -> Curves:
+    """What a run's TensorBoard files, of which each start wrote one, have of the host's columns.
 
     Args:
         logs: their directory.
-        first_step: the number that the host's files give to the first step.
+        host: one of demo_hosts.HOSTS.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, float]] = {column: {} for column in host.tags}
     for file in sorted(logs.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
         events = EventAccumulator(str(file))
         events.Reload()
-        for tag in events.Tags()["scalars"]:
-            if "validation" in tag:
-                scalars = events.Scalars(tag)
+        written = events.Tags()["scalars"]
+        for column, tag in host.tags.items():
+            for each in events.Scalars(tag) if tag in written else ():
                 # A later start repeats some of the steps.
-                points = {each.step + 1 - first_step: each.value for each in scalars}
-                found[tag] = found.get(tag, {}) | points
-    return {tag: sorted(points.items()) for tag, points in found.items()}
+                found[column][each.step + 1 - host.first_step] = each.value
+    return {column: sorted(points.items()) for column, points in found.items() if points}
+
+
+def last_values(curves: Curves) -> dict[str, float]:
+    return {column: points[-1][1] for column, points in curves.items()}

@@ -304,7 +304,7 @@ class Study:
         )
         measures = self.measure(run.name)
         (self.out / f"{run.name}.nemo").unlink(missing_ok=True)
-        return {**asdict(run), **measures, "curve": curves["validation_loss"]}
+        return {**asdict(run), **measures, "curve": curves["heldout_ce"]}
 
     def measure(self, name: str) -> dict[str, Any]:
         """The measures of a model under `out`, without its answers; see measure.py."""

@@ -22,12 +22,12 @@ from demo import VOCAB_SIZE, teacher_gguf
 from demo_hosts import EXAMPLES, HOSTS
 from questions import is_right, write_questions
 from scale import FULL, OBJECTIVES, ROLLOUTS, SFT, SMALL, STUDENTS, Run, Scale
-from steps import Steps, say, together, validation_curves
+from steps import Steps, last_values, say, together, validation_curves
 from tables import write_report
 
 from nemo_kd.sandbox import check_can_be_alone
 
-TAGS, FIRST = HOSTS["bridge"].tags, HOSTS["bridge"].first_step
+HOST = HOSTS["bridge"]
 SEED = 1234
 LENGTH = 96  # tokens; no sample is cut
 TEMPLATE = "'Question: {input}\\nAnswer: {output}'"
@@ -204,11 +204,11 @@ class Study:
             len((out / name).read_text().splitlines())
             for name in ("kept.jsonl", "prompts-answers.jsonl")
         )
-        curves = {name: validation_curves(out / "runs" / name, FIRST) for name in names}
+        curves = {name: validation_curves(out / "runs" / name, HOST) for name in names}
         return {
             "kinds": [json.loads(line)["kind"] for line in (out / "test.jsonl").open()],
             "teacher": teacher,
-            "sft_curves": {name: found[TAGS["heldout_ce"]] for name, found in curves.items()},
+            "sft_curves": {name: found["heldout_ce"] for name, found in curves.items()},
             "answers": {"written": written, "kept": kept},
             "students": students,
         }
@@ -262,8 +262,7 @@ class Study:
             )
             right = self.judge(trained)
             shutil.rmtree(self.out / trained, ignore_errors=True)
-            curves = validation_curves(self.out / "runs" / name, FIRST)
-            last = {column: curves[tag][-1][1] for column, tag in TAGS.items()}
+            last = last_values(validation_curves(self.out / "runs" / name, HOST))
             legs.append({"steps": steps, **last, "right": right})
         shutil.rmtree(checkpoints, ignore_errors=True)
         return {**asdict(run), "legs": legs}

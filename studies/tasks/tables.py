@@ -95,11 +95,10 @@ def rollout_table(results: Results, layers: str) -> str:
 
 def sweep_table(results: Results, layers: str) -> str:
     """The learning rates of each objective, one seed; CE after 70% and after all of the steps."""
-    lines, steps = [], ""
-    for run in results["students"][layers]["sweep"]:
-        *_, last = legs = run["legs"]
-        steps = ", ".join(str(leg["steps"]) for leg in legs)
-        ce = ", ".join(f"{leg['heldout_ce']:.3f}" for leg in legs)
+    lines, sweep = [], results["students"][layers]["sweep"]
+    steps = ", ".join(str(leg["steps"]) for leg in sweep[0]["legs"])
+    for run in sweep:
+        ce, last = ", ".join(f"{leg['heldout_ce']:.3f}" for leg in run["legs"]), run["legs"][-1]
         share, *_ = shares(results, [last["right"]])
         rate = f"{run['learning_rate']:g}"
         lines.append([run["objective"], rate, ce, f"{last['kl_to_teacher']:.3f}", share])
