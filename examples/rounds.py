@@ -231,20 +231,25 @@ def check_keys(given: list[str], known: list[str], name: str, allows_more: bool)
 def as_overrides(section: dict[str, Any], above: str = "") -> Iterator[str]:
     """The keys and values of a section as words that Hydra reads.
 
-    They are sorted, because a step of another command is run again.
+    The keys are sorted: the same settings in another order make the same command, and a step
+    whose command has changed is run again.
     """
-    for key, value in sorted(section.items()):
+    for key, value in in_order(section):
         if isinstance(value, dict) and value:
             yield from as_overrides(value, f"{above}{key}.")
         else:
             yield f"++{above}{key}={as_word(value)}"
 
 
+def in_order(section: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    return sorted(section.items(), key=lambda item: str(item[0]))  # a key may be a number
+
+
 def as_word(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(as_word, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{as_word(own)}" for key, own in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_word(own)}" for key, own in in_order(value)) + "}"
     if isinstance(value, str):
         return QuotedString(value, Quote.single).with_quotes()
     return json.dumps(value)  # a number, true, false or null

@@ -153,7 +153,7 @@ def _run(code: str, time_limit_s: float, memory_limit_mb: int) -> Outcome:
         errors.seek(max(0, errors.tell() - 1000))
         lines = errors.read().decode(errors="replace").strip().splitlines()
         if not written and not reason:
-            why = " ".join(lines) or "it ended before it began"
+            why = " ".join(lines[-2:]) or "it ended before it began"
             raise OSError(f"a program could not be run alone: {why}")
         return Outcome(False, reason or (lines or ["ended before its end"])[-1])
 

@@ -112,6 +112,10 @@ def test_values_are_words_that_hydra_reads(monkeypatch: pytest.MonkeyPatch) -> N
         "number": -1e-5,
     }
     words = list(as_overrides(section))
+    again = {**dict(reversed(section.items())), "a": dict(reversed(section["a"].items()))}
+    assert list(as_overrides(again)) == words  # in any order
+    mixed = {"list": [{"b": 1, "a": 2}], "table": {1: 2, "a": 3}}
+    assert list(as_overrides(mixed)) == ["++list=[{a:2,b:1}]", "++table.1=2", "++table.a=3"]
     parsed = OverridesParser.create().parse_overrides(words)
     found = {each.key_or_group: each.value() for each in parsed}
     assert found["a.text"] == section["a"]["text"]
