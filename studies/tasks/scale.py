@@ -31,7 +31,7 @@ class Scale:
     seeds: tuple[int, ...]
     objectives: tuple[str, ...]
     rounds: tuple[int, int] | None = None
-    """rounds of rollouts of the first student, and the steps of each; None: without them"""
+    """rounds of rollouts of the last student, and the steps of each; None: without them"""
 
 
 FULL = Scale(

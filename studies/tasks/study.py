@@ -237,7 +237,7 @@ class Study:
             best[row["objective"]].append(row)
         last = next(reversed(best.values()))  # runs of the last objective
         rollouts = []
-        if scale.rounds and layers == scale.students[0]:
+        if scale.rounds and layers == scale.students[-1]:
             rollouts = self.rollouts(layers, *scale.rounds, last[0]["learning_rate"])
         return {"sweep": rows, "main": best, "rollouts": rollouts}
 
@@ -253,7 +253,7 @@ class Study:
                 steps,
                 run.learning_rate,
                 f"dataset.validation_caches=[{self.out}/heldout]",
-                f"train.eval_interval={steps}",
+                f"train.eval_interval={steps + 1}",  # Bridge validates at the end in any case
                 f"checkpoint.save={checkpoints}",  # where the next leg begins
                 "checkpoint.most_recent_k=1",
                 caches=(cache,),
@@ -262,8 +262,7 @@ class Study:
             )
             right = self.judge(trained)
             shutil.rmtree(self.out / trained, ignore_errors=True)
-            last = last_values(validation_curves(self.out / "runs" / name, HOST))
-            legs.append({"steps": steps, **last, "right": right})
+            legs.append({"steps": steps, **self.validated(name), "right": right})
         shutil.rmtree(checkpoints, ignore_errors=True)
         return {**asdict(run), "legs": legs}
 
@@ -271,13 +270,12 @@ class Study:
         self, layers: int, rounds: int, steps: int, learning_rate: float
     ) -> list[dict[str, Any]]:
         """Rounds in which the student writes, the teacher scores, and the student trains."""
-        out, chain = self.out, self.out / "rounds"
+        out = self.out
         trained = {
             "model.seq_length": LENGTH,
             "train.train_iters": steps,
             "train.global_batch_size": BATCH,
             "train.micro_batch_size": BATCH,
-            "train.eval_interval": steps,
             "optimizer.lr": learning_rate,
             "scheduler.lr_decay_style": "constant",
             "scheduler.lr_warmup_iters": 10,
@@ -291,9 +289,8 @@ class Study:
             f"teacher={out}/teacher-hf",
             f"student={out}/warm-{layers}-hf",
             f"prompts=[{out}/prompts.jsonl]",
-            f"output={chain}",
+            f"output={out}/rounds",
             f"rounds={rounds}",
-            f"heldout_caches=[{out}/heldout]",
             f"sft.caches=[{out}/cache]",
             f"+data.prompt_template={TEMPLATE}",
             f"+data.max_seq_length={LENGTH}",
@@ -303,11 +300,21 @@ class Study:
             *(f"+train.{key}={value}" for key, value in trained.items()),
             alone=True,
         )
-        _, *rows = json.loads((chain / "results.json").read_text())  # the first is before them
-        for row in rows:
-            row["steps"] = row["round"] * steps
-            row["right"] = self.judge(f"rounds/round-{row['round']}/student-hf")
-        return list(rows)
+        return [
+            {"round": number, "steps": number * steps, **self.measure(f"round-{number}")}
+            for number in range(1, rounds + 1)
+        ]
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Judge a round's student, and validate it with forward KL, as the other runs are."""
+        student = f"rounds/{name}/student-hf"
+        data = f"dataset.validation_caches=[{self.out}/heldout]"
+        self.train(name, student, 0, 0, data, caches=("cache",), settings={}, seed=SEED)
+        return {**self.validated(name), "right": self.judge(student)}
+
+    def validated(self, name: str) -> dict[str, float]:
+        """The last validation of a run."""
+        return last_values(validation_curves(self.out / "runs" / name, HOST))
 
 
 if __name__ == "__main__":
