@@ -22,7 +22,7 @@ help:
 	@echo "make setup  .venv with everything"
 	@echo "make demo   distil a real teacher into a small student (SMALL=1: two minutes; HOST=bridge)"
 	@echo "make study  KD + SFT against SFT, two hours (SMALL=1: the same in minutes, for no figures)"
-	@echo "make study-tasks  the same, judged by right answers to tasks, two hours and a half (SMALL=1)"
+	@echo "make study-tasks  the same, judged by right answers to tasks, four hours (SMALL=1)"
 	@echo "make test   all tests of the NeMo host, and of what no host is in"
 	@echo "make setup-bridge  .venv-bridge with Megatron-Bridge, the second host"
 	@echo "make test-bridge   the tests of the second host"

@@ -44,7 +44,7 @@ PARTS = {
     ("train", "knowledge_distillation"): DistillationConfig,
 }
 SHAPE = ("format", "prompt_template", "label_key")  # keys of data that filter_answers.yaml has too
-# Of results.json: their heads in results.md.
+# Columns of results.json, and their heads in results.md.
 COLUMNS = {
     "heldout_ce": "held-out CE",
     "divergence": "divergence from the teacher",
@@ -182,8 +182,9 @@ class Rounds:
         if not self.settings["heldout_caches"]:
             return {}
         found = last_values(validation_curves(self.out / "runs" / name, HOST))
-        # Of the kind that the rounds train with: not always the KL divergence of the host's column.
-        return {"divergence" if key == "kl_to_teacher" else key: found[key] for key in found}
+        # The host's column has the divergence that the rounds train with, which may be another.
+        found["divergence"] = found.pop("kl_to_teacher")
+        return found
 
 
 def check_inputs(settings: dict[str, Any]) -> None:
@@ -266,7 +267,7 @@ def as_word(value: Any) -> str:
 def report(out: Path, rows: list[dict[str, Any]]) -> None:
     """Write results.json and results.md, and print the table if something was validated."""
     write(out / "results.json", json.dumps(rows, indent=2) + "\n")
-    if not set(COLUMNS) <= rows[-1].keys():
+    if "divergence" not in rows[-1]:
         print(f"{out}/round-{rows[-1]['round']}/student-hf")
         return
     lines = [

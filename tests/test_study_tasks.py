@@ -92,11 +92,11 @@ def test_the_tables() -> None:
 
 
 def test_the_docs_show_the_results() -> None:
-    from tables import claim_table, main_table, rollout_table, sft_table, sweep_table
+    from tables import claim_table, cold_table, main_table, rollout_table, sft_table, sweep_table
 
     results = json.loads((ROOT / "docs/study/tasks/results.json").read_text())
     docs = (ROOT / "docs/study.md").read_text()
     assert sft_table(results) in docs
     for layers in results["students"]:
-        for part in (main_table, claim_table, rollout_table, sweep_table):
+        for part in (main_table, claim_table, cold_table, rollout_table, sweep_table):
             assert part(results, layers) in docs, (part.__name__, layers)

@@ -32,17 +32,23 @@ class Scale:
     objectives: tuple[str, ...]
     rounds: tuple[int, int] | None = None
     """rounds of rollouts of the last student, and the steps of each; None: without them"""
+    cold: tuple[str, ...] = ()
+    """objectives that the first student has without its first training too, with the first seed"""
+    cold_rate: float = 5e-4
+    """their learning rate: that of make study"""
 
 
 FULL = Scale(
     questions={"sft": 1200, "prompts": 1200, "validation": 48, "test": 160},
-    students=(6,),
+    students=(6, 12),
     teacher_steps=100,
     warm_steps=180,
     legs=(42, 60),
-    learning_rates=(2.5e-5, 7e-5, 2e-4),
+    learning_rates=(2.5e-5, 7e-5),
     seeds=(1, 2, 3),
     objectives=tuple(OBJECTIVES),
+    rounds=(3, 20),
+    cold=("KD + SFT, renormalize", "KD + SFT, label"),
 )
 SMALL = Scale(
     questions={"sft": 64, "prompts": 32, "validation": 8, "test": 8},
@@ -54,19 +60,26 @@ SMALL = Scale(
     seeds=(1,),
     objectives=("SFT", "KD + SFT, sampled"),
     rounds=(1, 2),
+    cold=("KD + SFT, label",),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A second training of a student."""
+    """A second training of a student, or of a cold one, which had no first."""
 
     layers: int
     objective: str
     learning_rate: float
     seed: int
+    is_cold: bool = False
+
+    @property
+    def student(self) -> str:
+        return f"{'cut' if self.is_cold else 'warm'}-{self.layers}-hf"
 
     @property
     def name(self) -> str:
         words = self.objective.replace(" + ", "-").replace(", ", "-").lower()
-        return f"{self.layers}-layers-{words}-lr-{self.learning_rate:g}-seed-{self.seed}"
+        name = f"{self.layers}-layers-{words}-lr-{self.learning_rate:g}-seed-{self.seed}"
+        return f"cold-{name}" if self.is_cold else name

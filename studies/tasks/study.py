@@ -3,9 +3,10 @@
     make study-tasks            # on two cores; make study-tasks SMALL=1: the same chain in minutes
 
 A teacher and its students learn the tasks of questions.py by SFT. Then the teacher answers new
-questions, and the students go on with its right answers, by SFT or by KD + SFT. All of it are the
-commands of examples/, on the host Megatron-Bridge. docs/study.md has the results. All files lie
-under outputs/study-tasks (SMALL=1: outputs/study-tasks-small); an interrupted study resumes.
+questions, and the students go on with its right answers, by SFT or by KD + SFT; the last student
+also by rounds of its own answers. All of it are the commands of examples/, on the host
+Megatron-Bridge. docs/study.md has the results. All files lie under outputs/study-tasks (SMALL=1:
+outputs/study-tasks-small); an interrupted study resumes.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ class Study:
         }
 
     def second_trainings(self, layers: int) -> dict[str, Any]:
-        """Train and judge the sweep of rates, then the other seeds, then rounds of rollouts."""
+        """The sweep of rates, the other seeds, cold students and rounds of rollouts, all judged."""
         scale, (first, *others) = self.scale, self.scale.seeds
         runs = [
             Run(layers, each, rate, first)
@@ -235,11 +236,19 @@ class Study:
         ]
         for row in together([partial(self.run, run) for run in more]):
             best[row["objective"]].append(row)
-        last = next(reversed(best.values()))  # runs of the last objective
+        last = best[scale.objectives[-1]]  # the rounds take the rate of this one, KD + SFT
+        cold = []
+        if layers == scale.students[0]:
+            cold = [Run(layers, each, scale.cold_rate, first, is_cold=True) for each in scale.cold]
         rollouts = []
         if scale.rounds and layers == scale.students[-1]:
             rollouts = self.rollouts(layers, *scale.rounds, last[0]["learning_rate"])
-        return {"sweep": rows, "main": best, "rollouts": rollouts}
+        return {
+            "sweep": rows,
+            "main": best,
+            "cold": together([partial(self.run, run) for run in cold]),
+            "rollouts": rollouts,
+        }
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train in legs, and judge the student after each."""
@@ -249,7 +258,7 @@ class Study:
             name = f"{run.name}-{steps}"
             trained = self.train(
                 name,
-                f"warm-{run.layers}-hf",
+                run.student,
                 steps,
                 run.learning_rate,
                 f"dataset.validation_caches=[{self.out}/heldout]",
@@ -270,7 +279,7 @@ class Study:
         self, layers: int, rounds: int, steps: int, learning_rate: float
     ) -> list[dict[str, Any]]:
         """Rounds in which the student writes, the teacher scores, and the student trains."""
-        out = self.out
+        out, chain = self.out, f"rounds-{layers}-layers-{steps}-steps-lr-{learning_rate:g}"
         trained = {
             "model.seq_length": LENGTH,
             "train.train_iters": steps,
@@ -283,13 +292,13 @@ class Study:
             **{f"knowledge_distillation.{key}": value for key, value in ROLLOUTS.items()},
         }
         self.steps.run(
-            "rounds",
+            chain,
             EXAMPLES / "rounds.py",
             "device=cpu",
             f"teacher={out}/teacher-hf",
             f"student={out}/warm-{layers}-hf",
             f"prompts=[{out}/prompts.jsonl]",
-            f"output={out}/rounds",
+            f"output={out}/{chain}",
             f"rounds={rounds}",
             f"sft.caches=[{out}/cache]",
             f"+data.prompt_template={TEMPLATE}",
@@ -301,14 +310,15 @@ class Study:
             alone=True,
         )
         return [
-            {"round": number, "steps": number * steps, **self.measure(f"round-{number}")}
+            {"round": number, "steps": number * steps, **self.measure(f"{chain}/round-{number}")}
             for number in range(1, rounds + 1)
         ]
 
-    def measure(self, name: str) -> dict[str, Any]:
+    def measure(self, directory: str) -> dict[str, Any]:
         """Judge a round's student, and validate it with forward KL, as the other runs are."""
-        student = f"rounds/{name}/student-hf"
+        name, student = directory.replace("/", "-"), f"{directory}/student-hf"
         data = f"dataset.validation_caches=[{self.out}/heldout]"
+        # No step: it only validates.
         self.train(name, student, 0, 0, data, caches=("cache",), settings={}, seed=SEED)
         return {**self.validated(name), "right": self.judge(student)}
 

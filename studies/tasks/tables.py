@@ -28,7 +28,7 @@ def write_report(directory: Path) -> None:
     results = json.loads((directory / "results.json").read_text())
     parts = [sft_table(results)]
     for layers in results["students"]:
-        tables = (main_table, claim_table, rollout_table, sweep_table)
+        tables = (main_table, claim_table, cold_table, rollout_table, sweep_table)
         parts += [f"## {layers} layers", *(each(results, layers) for each in tables)]
     (directory / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     plot(results, directory / "tasks.png")
@@ -75,6 +75,16 @@ def claim_table(results: Results, layers: str) -> str:
             ce = ", ".join(f"{leg['heldout_ce'] - each['heldout_ce']:+.3f}" for leg, each in pairs)
             lines.append([objective, str(legs[0]["steps"]), points, ce])
     return table(["objective", "steps", "right answers, in points", "CE, by seed"], lines)
+
+
+def cold_table(results: Results, layers: str) -> str:
+    """The student without its first training, one seed; empty without any."""
+    lines = [
+        [run["objective"], str(leg["steps"]), *(f"{leg[measure]:.3f}" for measure in MEASURES)]
+        for run in results["students"][layers]["cold"]
+        for leg in run["legs"]
+    ]
+    return table(["objective", "steps", *MEASURES.values()], lines) if lines else ""
 
 
 def rollout_table(results: Results, layers: str) -> str:
