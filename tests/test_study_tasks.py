@@ -88,7 +88,10 @@ def test_the_tables() -> None:
     shown = main_table(results, "6")
     assert "| the student before |  | 25.0 | 0.0 | 0.0 | 0.0 | 100.0 |  |  |" in shown
     assert "| SFT | 7 | 37.5 ± 17.7 | 100.0 ± 0.0 | 50.0 ± 70.7 | 0.0 ± 0.0 |" in shown
-    assert "| KD | 7 | +37.5 (+0.0 to +75.0) | +0.000, +0.000 |" in claim_table(results, "6")
+    assert (
+        "| KD | 7 | +37.5 (+0.0 to +75.0) | +16.7 (+0.0 to +50.0) | +0.000, +0.000 |"
+        in claim_table(results, "6")
+    )
 
 
 def test_the_docs_show_the_results() -> None:

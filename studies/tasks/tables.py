@@ -55,36 +55,46 @@ def main_table(results: Results, layers: str) -> str:
 def claim_table(results: Results, layers: str) -> str:
     """KD + SFT with 70% and with all of the steps minus SFT with all steps, on the same questions.
 
-    The interval is the middle 95% of the means over 10,000 samples of the questions, with
-    replacement (a paired bootstrap), each of them a mean over the seeds.
+    The days are also left out: there the teacher itself guesses.
     """
     main = results["students"][layers]["main"]
     sft, *distilled = main
-    baseline = [run["legs"][-1] for run in main[sft]]
-    rng, lines = np.random.default_rng(0), []
+    baseline, lines = [run["legs"][-1] for run in main[sft]], []
+    is_no_day = np.array([kind != "days" for kind in results["kinds"]])
     for objective in distilled:
         for legs in zip(*(run["legs"] for run in main[objective]), strict=True):
             won, base = (
                 np.mean([leg["right"] for leg in each], axis=0) for each in (legs, baseline)
             )
             difference = 100 * (won - base)
-            picked = rng.integers(len(difference), size=(10_000, len(difference)))
-            low, high = np.percentile(difference[picked].mean(axis=1), [2.5, 97.5])
-            points = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+            points = [with_interval(each) for each in (difference, difference[is_no_day])]
             pairs = zip(legs, baseline, strict=True)
             ce = ", ".join(f"{leg['heldout_ce'] - each['heldout_ce']:+.3f}" for leg, each in pairs)
-            lines.append([objective, str(legs[0]["steps"]), points, ce])
-    return table(["objective", "steps", "right answers, in points", "CE, by seed"], lines)
+            lines.append([objective, str(legs[0]["steps"]), *points, ce])
+    measures = ["right answers, in points", "without the days", "CE, by seed"]
+    return table(["objective", "steps", *measures], lines)
+
+
+def with_interval(values: Any) -> str:
+    """The mean, and the middle 95% of the means of 10,000 samples with replacement (bootstrap)."""
+    picked = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    low, high = np.percentile(values[picked].mean(axis=1), [2.5, 97.5])
+    return f"{values.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def cold_table(results: Results, layers: str) -> str:
     """The student without its first training, one seed; empty without any."""
     lines = [
-        [run["objective"], str(leg["steps"]), *(f"{leg[measure]:.3f}" for measure in MEASURES)]
+        [
+            run["objective"],
+            str(leg["steps"]),
+            *shares(results, [leg["right"]]),
+            *(f"{leg[measure]:.3f}" for measure in MEASURES),
+        ]
         for run in results["students"][layers]["cold"]
         for leg in run["legs"]
     ]
-    return table(["objective", "steps", *MEASURES.values()], lines) if lines else ""
+    return table(["objective", "steps", *KINDS, *MEASURES.values()], lines) if lines else ""
 
 
 def rollout_table(results: Results, layers: str) -> str:
