@@ -28,7 +28,7 @@ class Steps:
         self.out = out
         self._logs = out / "logs"
         out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(out.with_suffix(".lock"), "w")  # noqa: SIM115, the lock lasts as long as this object
+        self._lock = open(f"{out}.lock", "w")  # noqa: SIM115, the lock lasts as long as this object
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

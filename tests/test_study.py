@@ -47,6 +47,15 @@ def make_cache(path: Path, num_samples: int, k: int) -> TopKCache:
     return TopKCache.open(path)
 
 
+def test_directories_whose_names_differ_after_a_dot_have_locks_of_their_own(tmp_path: Path):
+    from steps import Steps
+
+    rates = [Steps(tmp_path / f"lr-0.{digit}", {}) for digit in (1, 2)]
+    assert len(list(tmp_path.glob("*.lock"))) == len(rates)
+    with pytest.raises(SystemExit, match="another process is at work there"):
+        Steps(tmp_path / "lr-0.1", {})
+
+
 def test_after_a_step_that_failed_no_other_begins():
     import threading
 
