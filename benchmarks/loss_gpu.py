@@ -286,7 +286,7 @@ def count() -> None:
     from kernel_runs import Traffic
 
     # Left out on a GPU as well. The package has a function of the module's name.
-    sys.modules["nemo_kd.loss.prepare"]._check_ids = lambda *_: None  # type: ignore[attr-defined]
+    sys.modules["nemo_kd.loss.prepare"]._check_ids = lambda *_: None
     n, v, shown_n, shown_v = 4, 16_384, 16_384, 128_256
     header = (
         "tail | T | bytes a logit, forward | backward | at the classes, bytes a token | "

@@ -35,7 +35,7 @@ def main() -> None:
             if trainer.global_step == int(moment):
                 send()
 
-        resume.ExactCounts.on_train_batch_end = at_end  # type: ignore[method-assign]
+        resume.ExactCounts.on_train_batch_end = at_end
     else:
         send_before(moment, send)
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")

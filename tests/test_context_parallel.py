@@ -68,7 +68,7 @@ def check_slices(rank: int, world_size: int, cache: Path, hf_student: Path) -> N
 
     cpu_backend.enable()
     tokenizer = AutoTokenizer(str(hf_student))
-    sys.modules["transformer_engine_torch"] = SimpleNamespace(  # type: ignore[assignment]
+    sys.modules["transformer_engine_torch"] = SimpleNamespace(
         thd_get_partitioned_indices=partitioned_indices
     )
     settings: dict[str, Any] = {

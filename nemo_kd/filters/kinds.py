@@ -129,8 +129,10 @@ class Code(Filter):
         _tests(record, self.tests_key)
 
     def _passes(self, program: str) -> bool:
-        limits = {"time_limit_s": self.time_limit_s, "memory_limit_mb": self.memory_limit_mb}
-        return run_untrusted(program, **limits).passed  # type: ignore[arg-type]
+        ran = run_untrusted(
+            program, time_limit_s=self.time_limit_s, memory_limit_mb=self.memory_limit_mb
+        )
+        return ran.passed
 
 
 class Own(Filter):

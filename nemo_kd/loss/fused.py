@@ -98,10 +98,10 @@ def _fresh_like(logits: Tensor) -> Tensor:
 
 def measure(engine: Any, logits: Tensor, classes: Classes) -> Local:
     """This vocab shard's statistics of all tokens of the logits `[..., Vp]`."""
-    parts = [
+    parts: list[Local] = [
         engine.measure(chunk, take(classes, rows)) for rows, chunk, _ in chunks(engine, logits)
     ]
-    return parts[0] if len(parts) == 1 else concatenate(parts)  # type: ignore[no-any-return]
+    return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
 def spread(engine: Any, logits: Tensor, gradient: Gradient, weights: Tensor, out: Tensor) -> None:

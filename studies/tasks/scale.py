@@ -7,6 +7,7 @@ from typing import Any
 
 # A student by its number of layers: those that it has of the teacher's 30.
 STUDENTS = {6: (0, 6, 12, 18, 24, 29), 12: (0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29)}
+COLD_RATE = 5e-4  # of students without their first training: that of make study
 SFT = {"kd_loss_weight": 0, "sft_loss_weight": 1}
 # What the student's second training is: its cache, and keys of knowledge_distillation.
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,8 +35,6 @@ class Scale:
     """rounds of rollouts of the last student, and the steps of each; None: without them"""
     cold: tuple[str, ...] = ()
     """objectives that the first student has without its first training too, with the first seed"""
-    cold_rate: float = 5e-4
-    """their learning rate: that of make study"""
 
 
 FULL = Scale(

@@ -22,7 +22,7 @@ from typing import Any
 from demo import VOCAB_SIZE, teacher_gguf
 from demo_hosts import EXAMPLES, HOSTS
 from questions import is_right, write_questions
-from scale import FULL, OBJECTIVES, ROLLOUTS, SFT, SMALL, STUDENTS, Run, Scale
+from scale import COLD_RATE, FULL, OBJECTIVES, ROLLOUTS, SFT, SMALL, STUDENTS, Run, Scale
 from steps import Steps, last_values, say, together, validation_curves
 from tables import write_report
 
@@ -239,7 +239,7 @@ class Study:
         last = best[scale.objectives[-1]]  # the rounds take the rate of this one, KD + SFT
         cold = []
         if layers == scale.students[0]:
-            cold = [Run(layers, each, scale.cold_rate, first, is_cold=True) for each in scale.cold]
+            cold = [Run(layers, each, COLD_RATE, first, is_cold=True) for each in scale.cold]
         rollouts = []
         if scale.rounds and layers == scale.students[-1]:
             rollouts = self.rollouts(layers, *scale.rounds, last[0]["learning_rate"])

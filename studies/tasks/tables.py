@@ -46,9 +46,7 @@ def main_table(results: Results, layers: str) -> str:
     ]
     for objective, runs in student["main"].items():
         for legs in zip(*(run["legs"] for run in runs), strict=True):
-            right = shares(results, [leg["right"] for leg in legs])
-            measures = [spread([leg[measure] for leg in legs]) for measure in MEASURES]
-            lines.append([objective, str(legs[0]["steps"]), *right, *measures])
+            lines.append([objective, str(legs[0]["steps"]), *judged(results, *legs)])
     return table(["objective", "steps", *KINDS, *MEASURES.values()], lines)
 
 
@@ -85,12 +83,7 @@ def with_interval(values: Any) -> str:
 def cold_table(results: Results, layers: str) -> str:
     """The student without its first training, one seed; empty without any."""
     lines = [
-        [
-            run["objective"],
-            str(leg["steps"]),
-            *shares(results, [leg["right"]]),
-            *(f"{leg[measure]:.3f}" for measure in MEASURES),
-        ]
+        [run["objective"], str(leg["steps"]), *judged(results, leg)]
         for run in results["students"][layers]["cold"]
         for leg in run["legs"]
     ]
@@ -100,12 +93,7 @@ def cold_table(results: Results, layers: str) -> str:
 def rollout_table(results: Results, layers: str) -> str:
     """Rounds of student rollouts, one seed; empty without any."""
     lines = [
-        [
-            str(leg["round"]),
-            str(leg["steps"]),
-            *shares(results, [leg["right"]]),
-            *(f"{leg[measure]:.3f}" for measure in MEASURES),
-        ]
+        [str(leg["round"]), str(leg["steps"]), *judged(results, leg)]
         for leg in results["students"][layers]["rollouts"]
     ]
     if not lines:
@@ -166,6 +154,12 @@ def plot(results: Results, path: Path) -> None:
     axes[0][0].set_ylabel("right answers in percent")
     axes[0][0].legend()
     figure.savefig(path, dpi=120)
+
+
+def judged(results: Results, *legs: Any) -> list[str]:
+    """The cells of KINDS and MEASURES: of a leg, or mean and deviation of some."""
+    right = shares(results, [leg["right"] for leg in legs])
+    return [*right, *(spread([leg[measure] for leg in legs]) for measure in MEASURES)]
 
 
 def shares(results: Results, right: list[list[int]]) -> list[str]:

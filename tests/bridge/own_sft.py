@@ -21,7 +21,7 @@ JSONL = sys.argv.pop(1)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "bridge" / "train_kd_sft.py"
 
 
-class OwnSamples(dataset.GPTSFTDataset):  # type: ignore[misc]
+class OwnSamples(dataset.GPTSFTDataset):
     """Bridge's samples of the jsonl, as the settings in the cache's manifest make them."""
 
     def __init__(self, cache: str, *, kd_config: Any, reads_rows: bool, **settings: Any) -> None:
